@@ -1,0 +1,16 @@
+"""Triton kernels with hand-derived backwards, and their PyTorch references.
+
+Each module is one family: it declares its ops as :class:`~fusewright.kernels.spec.OpSpec` values and
+registers nothing. :func:`catalogue` collects them; ``fusewright.runtime.op`` registers them.
+"""
+
+from __future__ import annotations
+
+from fusewright.kernels.spec import OpSpec
+
+
+def catalogue() -> tuple[OpSpec, ...]:
+    """Every op of the package, in the order of registration."""
+    from fusewright.kernels import rms_norm
+
+    return (*rms_norm.OPS,)

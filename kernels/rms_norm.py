@@ -1,0 +1,124 @@
+"""RMS normalisation over the last dimension.
+
+    r = (mean(x^2) + eps)^(-1/2)        x^ = x r        y = x^ (offset + w)
+
+Shapes: x (..., D), w (D,) or absent, y (..., D), rstd r (...) in float32. Saved: x, w, r.
+
+Where it rounds (x of dtype t, statistics always in float32):
+    cast="output"   y = round(x^ (offset + w))                  one rounding, at the output
+    cast="input"    y = (offset + w) round_t(x^)                x^ is rounded to t before the weight
+
+Backward, with g = dy (offset + w) and means over the last dimension:
+    dx = r (g - x^ mean(g x^))          dw = sum over rows of dy x^
+
+Source: B. Zhang and R. Sennrich, "Root Mean Square Layer Normalization", 2019.
+Traffic: forward reads and writes x once; backward reads x and dy and writes dx once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fusewright.kernels.reduce import absent, compute_dtype
+from fusewright.kernels.spec import OpSpec
+
+
+def _round_through(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return t.to(dtype).to(t.dtype)
+
+
+def _gain(weight: torch.Tensor | None, offset: float, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if weight is None else weight.to(dtype) + offset
+
+
+def reference_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    cast: str,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and rstd in plain PyTorch; see the module's header."""
+    dtype = compute_dtype(x, weight)
+    xf = x.to(dtype)
+    rstd = torch.rsqrt(xf.square().mean(-1) + eps)
+    y = xf * rstd.unsqueeze(-1)
+    if cast == "input":
+        y = _round_through(y, x.dtype)
+    gain = _gain(weight, offset, dtype)
+    return (y if gain is None else y * gain).to(out_dtype), rstd
+
+
+def reference_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    offset: float,
+    cast: str,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx and dweight in plain PyTorch; see the module's header."""
+    dtype = compute_dtype(x, weight)
+    g, r = dy.to(dtype), rstd.to(dtype).unsqueeze(-1)
+    xhat = x.to(dtype) * r
+    dx, dweight = absent(x), absent(x)
+    if need_weight and weight is not None:
+        kept = _round_through(xhat, x.dtype) if cast == "input" else xhat
+        dweight = (g * kept).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+    if need_x:
+        gain = _gain(weight, offset, dtype)
+        g = g if gain is None else g * gain
+        dx = (r * (g - xhat * (g * xhat).mean(-1, keepdim=True))).to(x.dtype)
+    return dx, dweight
+
+
+def _fake_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    cast: str,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
+    return y, x.new_empty(x.shape[:-1], dtype=compute_dtype(x, weight))
+
+
+def _fake_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    offset: float,
+    cast: str,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else absent(x)
+    dw = torch.empty_like(weight) if need_weight and weight is not None else absent(x)
+    return dx, dw
+
+
+def _save(inputs: dict[str, Any], outputs: tuple[torch.Tensor, ...]) -> Sequence[Any]:
+    return inputs["x"], inputs["weight"], outputs[1], inputs["offset"], inputs["cast"]
+
+
+OPS = (
+    OpSpec(
+        forward="rms_norm(Tensor x, Tensor? weight, float eps, float offset, str cast, "
+        "ScalarType out_dtype) -> (Tensor y, Tensor rstd)",
+        backward="rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, float offset, "
+        "str cast, bool need_x, bool need_weight) -> (Tensor dx, Tensor dweight)",
+        differentiable=("x", "weight"),
+        outputs=1,
+        save=_save,
+        reference=(reference_fwd, reference_bwd),
+        fake=(_fake_fwd, _fake_bwd),
+    ),
+)

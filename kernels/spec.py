@@ -1,0 +1,52 @@
+"""What a kernel family declares about an op: schemas, implementations, and what the backward needs.
+
+An op is a pair of dispatcher operators. The forward returns its differentiable outputs first and
+then the statistics that its backward saves; the backward returns one gradient per differentiable
+input, and an empty tensor of shape (0,) for each one that nobody asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Implementation = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One differentiable operator.
+
+    Attributes:
+        forward: schema of the forward, e.g. ``"rms_norm(Tensor x, ...) -> (Tensor y, Tensor rstd)"``.
+        backward: schema of the backward. Its leading arguments are the gradients of the
+            differentiable outputs, its trailing ones the ``bool need_<input>`` flags in the order of
+            ``differentiable``; what lies between is given by ``save``.
+        differentiable: names of the inputs that may receive a gradient.
+        outputs: how many leading outputs are differentiable; the rest are statistics.
+        save: maps (inputs by name, all outputs) to the backward's middle arguments. Tensors among
+            them are kept by autograd and so may come from inputs and outputs only.
+        reference: (forward, backward) in plain PyTorch, for any device.
+        triton: (forward, backward) launching Triton kernels, or None where there are none.
+        fake: (forward, backward) shape functions.
+        forward_needs: the forward computes gradients itself and so takes the ``need_<input>`` flags
+            as its trailing arguments (e.g. a chunked loss).
+    """
+
+    forward: str
+    backward: str
+    differentiable: tuple[str, ...]
+    outputs: int
+    save: Callable[[dict[str, Any], tuple[torch.Tensor, ...]], Sequence[Any]]
+    reference: tuple[Implementation, Implementation]
+    fake: tuple[Implementation, Implementation]
+    triton: tuple[Implementation, Implementation] | None = None
+    forward_needs: bool = False
+
+    @property
+    def name(self) -> str:
+        """The operator's name in ``torch.ops.fusewright``."""
+        return self.forward.split("(", 1)[0]
