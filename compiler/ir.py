@@ -1,0 +1,190 @@
+"""Reading a canonical graph: dtypes, shapes, casts, slices and provenance of its nodes.
+
+The canonical graph is pre-dispatch ATen with a fake tensor in every node's ``meta["val"]``. Nothing
+here changes a graph.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+CASTS = frozenset(
+    {
+        aten.to.dtype,
+        aten.to.dtype_layout,
+        aten.to.device,
+        aten.to.other,
+        aten._to_copy.default,
+        aten.type_as.default,
+    }
+)
+IDENTITIES = frozenset({aten.alias.default, aten.contiguous.default, aten.clone.default})
+VIEWS = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.expand.default,
+        aten.t.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+    }
+)
+
+
+def value(node: fx.Node) -> Any:
+    """What the node computes: a fake tensor, a SymInt, a tuple of those, or None."""
+    return node.meta.get("val")
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether ``node`` is a graph node that yields one tensor."""
+    return isinstance(node, fx.Node) and isinstance(value(node), torch.Tensor)
+
+
+def dtype(node: fx.Node) -> torch.dtype:
+    """The tensor node's dtype."""
+    out: torch.dtype = value(node).dtype
+    return out
+
+
+def shape(node: fx.Node) -> tuple[Any, ...]:
+    """The tensor node's sizes; symbolic ones are SymInt."""
+    return tuple(value(node).shape)
+
+
+def last(node: fx.Node) -> Any:
+    """The size of the last dimension, 1 for a scalar."""
+    sizes = shape(node)
+    return sizes[-1] if sizes else 1
+
+
+def is_floating(node: Any) -> bool:
+    """Whether the node yields one floating tensor."""
+    return is_tensor(node) and dtype(node).is_floating_point
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    """Whether the node calls one of ``targets`` (any call if none is named)."""
+    return (
+        isinstance(node, fx.Node)
+        and node.op == "call_function"
+        and (not targets or node.target in targets)
+    )
+
+
+def is_cast(node: Any) -> bool:
+    """A conversion between floating dtypes that moves nothing and reorders nothing."""
+    return (
+        is_call(node)
+        and node.target in CASTS
+        and is_floating(node)
+        and is_floating(node.args[0])
+        and value(node).device == value(node.args[0]).device
+    )
+
+
+def strip_casts(node: fx.Node) -> fx.Node:
+    """The node below any casts and identities."""
+    while is_cast(node) or is_call(node, *IDENTITIES):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def operands(node: fx.Node) -> tuple[Any, Any]:
+    """The two operands of a binary call."""
+    return node.args[0], node.args[1]
+
+
+def other_operand(node: fx.Node, known: fx.Node) -> Any:
+    """The operand of a binary call that is not ``known``."""
+    a, b = operands(node)
+    return b if a is known else a
+
+
+def normal_dim(node: fx.Node, dim: int) -> int:
+    """``dim`` counted from the front for the tensor ``node``."""
+    return dim % max(len(shape(node)), 1)
+
+
+def last_dim_only(source: fx.Node, dims: Any) -> bool:
+    """Whether ``dims`` of a reduction name just the last dimension of ``source``."""
+    dims = [dims] if isinstance(dims, int) else dims
+    rank = len(shape(source))
+    return bool(dims) and len(dims) == 1 and dims[0] % rank == rank - 1
+
+
+def as_slice(node: fx.Node) -> tuple[fx.Node, int, int, int, int] | None:
+    """(source, dim, start, stop, step) when the node is one piece of a slice, split or chunk.
+
+    Sizes along the sliced dimension must be static; None otherwise.
+    """
+    if is_call(node, aten.slice.Tensor):
+        source, dim, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+        dim = normal_dim(source, dim or 0)
+        size = shape(source)[dim]
+        if not all(isinstance(v, int) or v is None for v in (size, start, stop, step)):
+            return None
+        first, end, stride = slice(start, stop, step or 1).indices(size)
+        return source, dim, first, end, stride
+    if is_call(node, operator.getitem) and is_call(node.args[0]):
+        return _piece(node.args[0], node.args[1])  # type: ignore[arg-type]
+    return None
+
+
+def _piece(split: fx.Node, index: int) -> tuple[fx.Node, int, int, int, int] | None:
+    if split.target not in (
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.split.sizes,
+        aten.chunk.default,
+        aten.tensor_split.sections,
+        aten.unsafe_chunk.default,
+    ):
+        return None
+    source: fx.Node = split.args[0]  # type: ignore[assignment]
+    dim = normal_dim(source, split.args[2] if len(split.args) > 2 else 0)  # type: ignore[arg-type]
+    widths = [piece.shape[dim] for piece in value(split)]
+    if not all(isinstance(w, int) for w in widths):
+        return None
+    start = sum(widths[:index])
+    return source, dim, start, start + widths[index], 1
+
+
+def source_line(node: fx.Node) -> str:
+    """``file:line`` of the user's code that made the node, innermost frame; empty if unknown."""
+    frames = [
+        line.strip()
+        for line in (node.meta.get("stack_trace") or "").splitlines()
+        if line.strip().startswith("File ")
+    ]
+    if not frames:
+        return ""
+    parts = frames[-1].split(", ")
+    return f"{parts[0][6:-1]}:{parts[1].removeprefix('line ')}" if len(parts) > 1 else ""
+
+
+def module_path(node: fx.Node) -> str:
+    """The innermost module's path inside the region, e.g. ``self_attn.q_norm``; empty if unknown."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    path = path.replace("L['self']", "").replace("._modules['", ".").replace("']", "")
+    return path.strip(".")
+
+
+def calls(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The call nodes in order."""
+    return (n for n in graph.nodes if n.op == "call_function")

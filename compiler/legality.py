@@ -1,0 +1,115 @@
+"""Whether a proven candidate may be replaced: uses outside, order, convexity, mutation.
+
+networkx would answer convexity on the whole graph; a region is small and its frontier smaller, so
+the walks here stay on fx nodes and between the region's own positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from fusewright.compiler import ir
+from fusewright.compiler.prove import Candidate
+
+
+class Illegal(Exception):
+    """The candidate is what it claims, but replacing it would change or repeat something else."""
+
+
+def check(candidate: Candidate, graph: fx.Graph, deferrable: frozenset[fx.Node]) -> fx.Node:
+    """The node before which the replacement may be inserted; Illegal with the reason otherwise.
+
+    Args:
+        candidate: a proven candidate.
+        graph: the graph that it lies in.
+        deferrable: nodes of the region whose only outside user is the graph's output and that the
+            runtime can hand out lazily.
+    """
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    _uses_outside(candidate, deferrable)
+    inputs = [n for n in candidate.inputs.values() if n is not None]
+    users = [u for out in candidate.outputs for u in out.users if u not in candidate.nodes]
+    if not users:
+        raise Illegal("its result is not used")
+    after = max((position[n] for n in inputs), default=-1)
+    first_user = min(users, key=position.__getitem__)
+    if after >= position[first_user]:
+        raise Illegal("an input is made only after a result is used")
+    _mutation(candidate, position, position[first_user])
+    return first_user
+
+
+def _uses_outside(candidate: Candidate, deferrable: frozenset[fx.Node]) -> None:
+    allowed = set(candidate.outputs) | deferrable
+    for node in candidate.nodes:
+        outside = [u for u in node.users if u not in candidate.nodes]
+        if node in allowed or not outside:
+            continue
+        for kept in _ancestors(node, candidate.nodes):
+            if not _cheap(kept):
+                line = ir.source_line(outside[0]) or outside[0].name
+                raise Illegal(f"the intermediate value {node.name!r} is also used at {line}")
+
+
+def _ancestors(node: fx.Node, within: frozenset[fx.Node]) -> Iterable[fx.Node]:
+    stack, seen = [node], {node}
+    while stack:
+        current = stack.pop()
+        yield current
+        for above in current.all_input_nodes:
+            if above in within and above not in seen:
+                seen.add(above)
+                stack.append(above)
+
+
+def _cheap(node: fx.Node) -> bool:
+    """Keeping it costs nothing to speak of: a view, a cast, or a value of a parameter's size."""
+    if ir.is_cast(node) or ir.is_call(node, *ir.VIEWS) or ir.as_slice(node) is not None:
+        return True
+    return ir.is_tensor(node) and sum(s != 1 for s in ir.shape(node)) <= 1
+
+
+def storage_root(node: fx.Node) -> fx.Node:
+    """The node whose storage ``node`` views, following the schemas' alias annotations."""
+    while ir.is_call(node):
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.returns or schema.returns[0].alias_info is None:
+            return node
+        aliased = [
+            value
+            for argument, value in zip(schema.arguments, node.args, strict=False)
+            if argument.alias_info is not None and isinstance(value, fx.Node)
+        ]
+        if not aliased:
+            return node
+        node = aliased[0]
+    return node
+
+
+def mutations(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
+    """(mutating call, root of the storage it writes) for every in-place call of the graph."""
+    found = []
+    for node in ir.calls(graph):
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            continue
+        for argument, value in zip(schema.arguments, node.args, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and isinstance(value, fx.Node):
+                found.append((node, storage_root(value)))
+    return found
+
+
+def _mutation(candidate: Candidate, position: dict[fx.Node, int], insertion: int) -> None:
+    graph = next(iter(candidate.nodes)).graph
+    first = min(position[n] for n in candidate.nodes)
+    inner = {storage_root(n) for n in candidate.nodes}
+    read = {storage_root(n) for n in candidate.inputs.values() if n is not None}
+    for node, root in mutations(graph):
+        where = ir.source_line(node) or node.name
+        if node in candidate.nodes or (root in inner and root in candidate.nodes):
+            raise Illegal(f"the region's own value is changed in place at {where}")
+        if root in read and first <= position[node] < insertion:
+            raise Illegal(f"an input is changed in place at {where}, between its uses")

@@ -1,0 +1,110 @@
+"""Match: find what a pattern's anchors grow into, prove it, check that replacing it is legal.
+
+A pattern proposes candidates, the most ambitious first; the first one that is proven and legal is
+taken. What a pattern saw and could not take is recorded as a near miss with the step that refused.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import fx
+
+from fusewright.compiler import ir, legality
+from fusewright.compiler.prove import Candidate, Disproved, Proof, prove
+
+
+class Refused(Exception):
+    """An anchor did not grow into this family; the message says what stood in the way."""
+
+
+class Pattern(Protocol):
+    """One family of computations: where to look and what to claim.
+
+    ``anchors`` yields the rare node of each possible site; ``candidates`` yields claims about one
+    site, or raises Refused with the reason.
+    """
+
+    name: str
+
+    def anchors(self, graph: fx.Graph) -> Iterator[fx.Node]: ...
+
+    def candidates(self, anchor: fx.Node) -> Iterator[Candidate]: ...
+
+
+@dataclass(frozen=True)
+class Match:
+    """A proven and legal candidate, and the node before which its replacement goes."""
+
+    pattern: str
+    candidate: Candidate
+    proof: Proof
+    before: fx.Node
+    location: str
+    module: str
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A site that a pattern looked at and left alone, with the step that refused and why."""
+
+    pattern: str
+    step: str
+    reason: str
+    location: str
+    module: str
+
+
+def find(
+    pattern: Pattern, graph: fx.Graph, taken: set[fx.Node], deferrable: frozenset[fx.Node]
+) -> Iterator[Match | Miss]:
+    """Every site of one pattern; the caller rewrites each match before asking for the next.
+
+    ``taken`` holds nodes that earlier matches claimed and is extended by the caller.
+    """
+    for anchor in list(pattern.anchors(graph)):
+        if anchor in taken or anchor.graph is not graph or anchor._erased:
+            continue
+        yield _site(pattern, anchor, graph, taken, deferrable)
+
+
+def _site(
+    pattern: Pattern,
+    anchor: fx.Node,
+    graph: fx.Graph,
+    taken: set[fx.Node],
+    deferrable: frozenset[fx.Node],
+) -> Match | Miss:
+    started = time.perf_counter()
+    step, reason = "grow", "nothing grew from the anchor"
+    try:
+        for candidate in pattern.candidates(anchor):
+            if candidate.nodes & taken:
+                step, reason = "legality", "part of it was taken by another rewrite"
+                continue
+            try:
+                proof = prove(candidate)
+                before = legality.check(candidate, graph, deferrable)
+            except Disproved as refusal:
+                step, reason = "proof", str(refusal)
+                continue
+            except legality.Illegal as refusal:
+                step, reason = "legality", str(refusal)
+                continue
+            spent = (time.perf_counter() - started) * 1e3
+            return Match(
+                pattern.name,
+                candidate,
+                proof,
+                before,
+                ir.source_line(anchor),
+                ir.module_path(anchor),
+                spent,
+            )
+    except Refused as refusal:
+        step, reason = "grow", str(refusal)
+    return Miss(pattern.name, step, reason, ir.source_line(anchor), ir.module_path(anchor))

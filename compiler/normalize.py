@@ -1,0 +1,122 @@
+"""Normalize: retrace a Dynamo graph into the canonical graph, pre-dispatch ATen with provenance.
+
+Spellings of one computation collapse here (``x.pow(2)``, ``torch.square``; ``F.linear``,
+``nn.Linear``), sizes stay symbolic, every node keeps the user's source line. What make_fx cannot
+carry over (it keeps only the forward of a custom autograd.Function) is emitted whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._higher_order_ops.utils import autograd_not_implemented  # noqa: F401  (loads the HOPs)
+from torch._ops import HigherOrderOperator
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    make_fx,
+    track_tensor_tree,
+)
+from torch.fx.traceback import preserve_node_meta
+from torch.utils._pytree import tree_map
+
+from fusewright.compiler import ir
+
+aten = torch.ops.aten
+
+
+class NotNormalizable(Exception):
+    """The graph has something that the canonical form cannot express; the message says what."""
+
+
+class _Retrace(fx.Interpreter):
+    """Runs the Dynamo graph under make_fx, emitting higher-order operators as single nodes."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        whole = isinstance(target, HigherOrderOperator) or type(target).__name__ == (
+            "AutogradFunctionApply"
+        )
+        return _emit_whole(target, args, kwargs) if whole else super().call_function(
+            target, args, kwargs
+        )
+
+
+def _emit_whole(target: Any, args: Any, kwargs: Any) -> Any:
+    mode = get_proxy_mode()
+    if mode is None:
+        raise NotNormalizable(f"{target} outside of tracing")
+    tracer = mode.tracer
+    with disable_proxy_modes_tracing():
+        out = target(*args, **kwargs)
+
+    def to_proxy(leaf: Any) -> Any:
+        if isinstance(leaf, fx.GraphModule):
+            name = f"body_{sum(1 for _ in tracer.root.children())}"
+            tracer.root.add_module(name, leaf)
+            return tracer.create_proxy("get_attr", name, (), {})
+        return tracer.unwrap_proxy(leaf)
+
+    proxy = tracer.create_proxy(
+        "call_function", target, tree_map(to_proxy, tuple(args)), tree_map(to_proxy, dict(kwargs))
+    )
+    return track_tensor_tree(out, proxy, constant=None, tracer=tracer)
+
+
+def normalize(gm: fx.GraphModule) -> fx.GraphModule:
+    """The canonical graph of a Dynamo graph, with the same placeholders and outputs.
+
+    Raises:
+        NotNormalizable: the graph has no fake tensors, or holds what the form cannot express.
+    """
+    examples = [
+        n.meta.get("example_value", n.meta.get("val"))
+        for n in gm.graph.nodes
+        if n.op == "placeholder"
+    ]
+    mode = next((e.fake_mode for e in examples if hasattr(e, "fake_mode")), None)
+    if mode is None:
+        raise NotNormalizable("the region reads no tensor")
+    # Dynamo's own tracing context must stay as it is: its guards are built from it afterwards.
+    with torch._guards.tracing(None), preserve_node_meta(), mode:
+        canonical = make_fx(_Retrace(gm).run, pre_dispatch=True, tracing_mode="real")(*examples)
+    _drop_identities(canonical.graph)
+    canonical.graph.eliminate_dead_code(is_impure_node=_impure)
+    canonical.recompile()
+    return canonical
+
+
+def _impure(node: fx.Node) -> bool:
+    if node.op in ("placeholder", "output"):
+        return True
+    return node.is_impure() if node.op == "call_function" else False
+
+
+def _drop_identities(graph: fx.Graph) -> None:
+    """Remove casts to the same dtype and slices of everything, where the metadata proves it."""
+    for node in list(ir.calls(graph)):
+        source = node.args[0] if node.args else None
+        if not ir.is_tensor(source):
+            continue
+        same = node.target in ir.CASTS and _same_tensor(node, source)
+        if same or _slices_all(node):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _same_tensor(node: fx.Node, source: fx.Node) -> bool:
+    a, b = ir.value(node), ir.value(source)
+    copies = bool(node.kwargs.get("copy")) or node.target is aten._to_copy.default
+    copies = copies or node.kwargs.get("memory_format") not in (None, torch.preserve_format)
+    tail = {aten.to.dtype: 2, aten.to.other: 2, aten.to.device: 3}.get(node.target, len(node.args))
+    copies = copies or any(bool(v) for v in node.args[tail:])
+    return not copies and a.dtype == b.dtype and a.device == b.device
+
+
+def _slices_all(node: fx.Node) -> bool:
+    if not ir.is_call(node, aten.slice.Tensor):
+        return False
+    _, _, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    unbounded = stop is None or (isinstance(stop, int) and stop >= 2**63 - 1)
+    return start in (0, None) and unbounded and step == 1

@@ -1,0 +1,75 @@
+"""Rewrite: put a match's replacement into the graph and remove what it replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fusewright.compiler import ir
+from fusewright.compiler.match import Match
+
+
+def call(graph: fx.Graph, target: Any, args: Sequence[Any], like: fx.Node | None = None) -> fx.Node:
+    """Append a call at the graph's insertion point with its fake value worked out.
+
+    Args:
+        graph: where to insert; its insertion point decides where.
+        target: the operator overload.
+        args: nodes and constants.
+        like: node whose provenance (source line, module) the new one inherits.
+    """
+    node = graph.call_function(target, tuple(args))
+    fake = fx.map_arg(node.args, ir.value)
+    mode = next(
+        (v.fake_mode for v in map(ir.value, node.all_input_nodes) if hasattr(v, "fake_mode")), None
+    )
+    if mode is None:
+        raise ValueError(f"{target} reads no tensor of the graph")
+    with mode, torch.no_grad():
+        node.meta["val"] = target(*fake)
+    inherited = like if like is not None else next(iter(node.all_input_nodes))
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in inherited.meta:
+            node.meta[key] = inherited.meta[key]
+    return node
+
+
+def item(graph: fx.Graph, source: fx.Node, index: int) -> fx.Node:
+    """Append ``source[index]`` for a call that yields a tuple."""
+    import operator
+
+    node = graph.call_function(operator.getitem, (source, index))
+    node.meta["val"] = ir.value(source)[index]
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in source.meta:
+            node.meta[key] = source.meta[key]
+    return node
+
+
+def apply(match: Match, graph: fx.Graph) -> tuple[fx.Node, ...]:
+    """Replace the match's region; returns the nodes that stand for its outputs."""
+    candidate = match.candidate
+    with graph.inserting_before(match.before):
+        results = tuple(candidate.emit(graph, dict(candidate.inputs)))
+    for old, new in zip(candidate.outputs, results, strict=True):
+        expected, got = ir.value(old), ir.value(new)
+        if expected.dtype != got.dtype or len(expected.shape) != len(got.shape):
+            raise ValueError(
+                f"{match.pattern}: the replacement yields {got.dtype} of rank {len(got.shape)}, "
+                f"the region {expected.dtype} of rank {len(expected.shape)}"
+            )
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in old.meta:
+                new.meta[key] = old.meta[key]
+        old.replace_all_uses_with(new, delete_user_cb=lambda u: u not in candidate.nodes)
+    _erase(graph, candidate.nodes)
+    return results
+
+
+def _erase(graph: fx.Graph, nodes: frozenset[fx.Node]) -> None:
+    for node in [n for n in reversed(graph.nodes) if n in nodes]:
+        if not node.users:
+            graph.erase_node(node)
