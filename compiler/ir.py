@@ -60,8 +60,15 @@ def dtype(node: fx.Node) -> torch.dtype:
 
 
 def shape(node: fx.Node) -> tuple[Any, ...]:
-    """The tensor node's sizes; symbolic ones are SymInt."""
-    return tuple(value(node).shape)
+    """The tensor node's sizes; symbolic ones are SymInt, ones that tracing has fixed are int."""
+    return tuple(_settled(s) for s in value(node).shape)
+
+
+def _settled(size: Any) -> Any:
+    if isinstance(size, torch.SymInt):
+        expression = size.node.expr
+        return int(expression) if expression.is_number else size
+    return size
 
 
 def last(node: fx.Node) -> Any:

@@ -42,10 +42,10 @@ def check(candidate: Candidate, graph: fx.Graph, deferrable: frozenset[fx.Node])
 
 
 def _uses_outside(candidate: Candidate, deferrable: frozenset[fx.Node]) -> None:
-    allowed = set(candidate.outputs) | deferrable
     for node in candidate.nodes:
         outside = [u for u in node.users if u not in candidate.nodes]
-        if node in allowed or not outside:
+        lazily = node in deferrable and all(u.op == "output" for u in outside)
+        if node in candidate.outputs or lazily or not outside:
             continue
         for kept in _ancestors(node, candidate.nodes):
             if not _cheap(kept):

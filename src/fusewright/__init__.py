@@ -1,3 +1,99 @@
-"""Fusewright: a graph compiler for fine-tuning."""
+"""Fusewright: a graph compiler for fine-tuning.
+
+    model = fusewright.optimize(model)
+    print(fusewright.report(model))
+    fusewright.restore(model)
+
+Importing this package imports torch alone; the compiler, the patterns and the kernels are loaded by
+the first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fusewright.compiler.explain import CoverageReport
+
+    Model = TypeVar("Model", bound=nn.Module)
 
 __version__ = "0.1.0"
+__all__ = ["optimize", "report", "restore"]
+
+
+def optimize(
+    model: Model,
+    *,
+    patterns: Sequence[str] | None = None,
+    memory_budget: str | int | float | None = None,
+    lowering: str = "auto",
+    verify: str = "first_step",
+    logits: str = "lazy",
+    strict: bool = False,
+) -> Model:
+    """Make the model's training step faster and smaller, in place; returns the same object.
+
+    Nothing is compiled here: each region is captured, rewritten and verified when the first training
+    step reaches it. Evaluation, ``no_grad`` and ``generate`` run the original code. What cannot be
+    captured, proven or verified runs as before, and :func:`report` says why.
+
+    Args:
+        model: any ``nn.Module`` with repeated layers; a Hugging Face model, with or without PEFT.
+        patterns: names of the patterns to use; all by default.
+        memory_budget: reserved for the memory planner; only None is accepted now.
+        lowering: "fx" (plain FX, starts in seconds), "inductor", or "auto" (Inductor on a GPU).
+        verify: "first_step" holds each region against float64 at its first step; "off" does not.
+        logits: "lazy" computes ``outputs.logits`` when they are read; "eager" always.
+        strict: raise where a region cannot be compiled or verified, instead of falling back.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+        ValueError: unknown option or pattern; no repeated blocks; or already optimised.
+    """
+    from fusewright.compiler import driver
+    from fusewright.patterns import DEFAULT
+
+    options = {
+        "patterns": patterns,
+        "memory_budget": memory_budget,
+        "lowering": lowering,
+        "verify": verify,
+        "logits": logits,
+        "strict": strict,
+    }
+    driver.optimize(model, DEFAULT, options)
+    return model
+
+
+def report(model: nn.Module) -> CoverageReport:
+    """What was rewritten in an optimised model, what was not and why.
+
+    Raises:
+        ValueError: the model is not optimised.
+    """
+    from fusewright.compiler import driver
+
+    return driver.report(model)
+
+
+def restore(model: Model) -> Model:
+    """Undo :func:`optimize` completely; returns the same object.
+
+    Raises:
+        ValueError: the model is not optimised.
+    """
+    from fusewright.compiler import driver
+
+    driver.restore(model)
+    return model
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CoverageReport":
+        from fusewright.compiler.explain import CoverageReport
+
+        return CoverageReport
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,135 @@
+"""Capture: install the regions' forwards, and be the backend that Dynamo hands their graphs to.
+
+All blocks share one backend object, so identical layers share one graph. The modules between the
+head and the blocks are kept out of Dynamo while the head is captured; what Dynamo sees of the head
+is then the projection and the loss alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fusewright.compiler import pipeline
+from fusewright.compiler.records import Binding
+from fusewright.compiler.regions import Regions
+from fusewright.compiler.session import Session, wants_compiled
+from fusewright.runtime import module as modules
+
+
+class Backend:
+    """Receives every graph that Dynamo captures for one kind of region."""
+
+    def __init__(self, session: Session, kind: str, region: str) -> None:
+        self.session, self.kind, self.region = session, kind, region
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        return pipeline.compile_graph(gm, example_inputs, self.session, self.kind, self.region)
+
+
+def install(model: nn.Module, regions: Regions, session: Session) -> None:
+    """Install the regions' forwards on the instances of this one model."""
+    made: dict[tuple[type, str], type[nn.Module]] = {}
+    backends: dict[tuple[type, str], Backend] = {}
+
+    def put(path: str, module: nn.Module, kind: str, build: Callable[..., Any]) -> None:
+        session.paths[module] = path
+        cls = type(module)
+        key = (cls, kind)
+        if key not in made:
+            backends[key] = Backend(session, kind, cls.__name__)
+            forward = build(cls, backends[key], session)
+            made[key] = modules.subclass(cls, forward, Binding(session, kind, cls))
+        modules.install(module, made[key])
+
+    for path, module in regions.blocks:
+        put(path, module, "block", _region_forward)
+    for path, module in regions.leaves:
+        put(path, module, "leaf", _region_forward)
+    for path, module in regions.spine:
+        put(path, module, "spine", _spine_forward)
+    if regions.head is not None:
+        put(*regions.head, "head", _head_forward)
+
+
+def remove(model: nn.Module) -> None:
+    """Take every installed forward off the model's modules."""
+    for module in model.modules():
+        modules.uninstall(module)
+
+
+def _own_code(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function on a code object of its own: Dynamo caches and limits by code object."""
+    if not isinstance(forward, types.FunctionType):
+        return forward
+    twin = types.FunctionType(
+        forward.__code__.replace(),
+        forward.__globals__,
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    twin.__kwdefaults__ = forward.__kwdefaults__
+    twin.__dict__.update(forward.__dict__)
+    return twin
+
+
+def _compiled(forward: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
+    return torch.compile(_own_code(forward), backend=backend)
+
+
+def _region_forward(cls: type[nn.Module], backend: Backend, session: Session) -> Any:
+    inner = modules.inner_forward(cls)
+    compiled = _compiled(inner, backend)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if wants_compiled(self, session):
+            return session.call(self, compiled, args, kwargs)
+        return inner(self, *args, **kwargs)
+
+    return forward
+
+
+def _spine_forward(cls: type[nn.Module], backend: Backend, session: Session) -> Any:
+    inner = modules.inner_forward(cls)
+    has_cache = "use_cache" in inspect.signature(inner).parameters
+
+    @torch._dynamo.disable
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if has_cache and self.training and torch.is_grad_enabled():
+            if _cache_forced(kwargs):
+                session.note(
+                    "a KV cache was forced on in training (use_cache=True or past_key_values): "
+                    "every layer would need a graph of its own, so the blocks ran as before"
+                )
+                with session.bypassed():
+                    return inner(self, *args, **kwargs)
+            kwargs["use_cache"] = False
+        return inner(self, *args, **kwargs)
+
+    return forward
+
+
+def _cache_forced(kwargs: dict[str, Any]) -> bool:
+    return bool(kwargs.get("use_cache")) or kwargs.get("past_key_values") is not None
+
+
+def _head_forward(cls: type[nn.Module], backend: Backend, session: Session) -> Any:
+    inner = modules.inner_forward(cls)
+    compiled = _compiled(inner, backend)
+    has_cache = "use_cache" in inspect.signature(inner).parameters
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        training = wants_compiled(self, session)
+        if training and has_cache and not _cache_forced(kwargs):
+            kwargs["use_cache"] = False
+        if training and kwargs.get("labels") is not None:
+            return session.call(self, compiled, args, kwargs)
+        return inner(self, *args, **kwargs)
+
+    return forward

@@ -1,0 +1,74 @@
+"""What the stages record about each captured graph; the coverage report is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fusewright.compiler.match import Match, Miss
+
+
+@dataclass
+class Verdict:
+    """Errors against float64 on a slice of the first step's inputs, mean over tensors.
+
+    ``status`` is "accepted", "reverted" or "not verified"; ``reason`` says why where it is not
+    "accepted".
+    """
+
+    status: str = "not verified"
+    reason: str = ""
+    forward: float | None = None
+    forward_eager: float | None = None
+    backward: float | None = None
+    backward_eager: float | None = None
+
+
+@dataclass
+class GraphBreak:
+    """Where Dynamo could not go on, in the user's own code."""
+
+    reason: str
+    location: str
+
+
+@dataclass
+class GraphRecord:
+    """One captured graph of a region.
+
+    Attributes:
+        kind: "block", "leaf" or "head".
+        region: the class name of the modules that run it.
+        matches, misses: what the patterns found.
+        modules: paths of the instances that ran this graph last.
+        failure: why the graph runs as captured, "" if it is rewritten or had nothing to rewrite.
+        lowering: "fx" or "inductor".
+        symbolic: whether sizes are symbolic.
+        seconds: wall time per stage.
+    """
+
+    kind: str
+    region: str
+    matches: list[Match] = field(default_factory=list)
+    misses: list[Miss] = field(default_factory=list)
+    modules: set[str] = field(default_factory=set)
+    verdict: Verdict = field(default_factory=Verdict)
+    breaks: list[GraphBreak] = field(default_factory=list)
+    failure: str = ""
+    lowering: str = ""
+    symbolic: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    canonical: Any = None
+    rewritten: Any = None
+
+
+@dataclass
+class Binding:
+    """What an installed class knows: its session, its kind of region and the paths of its modules."""
+
+    session: Any
+    kind: str
+    original: type
+    run: Callable[..., Any] | None = None

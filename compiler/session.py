@@ -1,0 +1,115 @@
+"""The state of one optimised model: its options, its captured graphs, and who runs what now.
+
+The classes that ``optimize`` installs point here; nothing is global.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fusewright.compiler.config import Options
+from fusewright.compiler.records import GraphRecord
+
+RECOMPILE_LIMIT = 64
+
+
+def dynamo_settings() -> Callable[[], Callable[[], None]]:
+    """A function that applies our Dynamo settings and returns the one that takes them back.
+
+    Sizes are symbolic from the start, floats (eps, scales) stay literals, a region may have
+    RECOMPILE_LIMIT variants, and a logger's call does not break the graph. Applied around each call
+    of a compiled region only, since Dynamo reads them when it compiles.
+    """
+    import logging
+
+    from torch._dynamo import config
+
+    loggers = set(config.ignore_logging_functions)
+    loggers |= {logging.Logger.warning, logging.Logger.info}
+    once = getattr(logging.Logger, "warning_once", None)
+    patcher: Callable[[], Callable[[], None]] = config._make_closure_patcher(
+        assume_static_by_default=False,
+        specialize_float=True,
+        recompile_limit=RECOMPILE_LIMIT,
+        accumulated_recompile_limit=64 * RECOMPILE_LIMIT,
+        ignore_logging_functions=loggers | ({once} if once else set()),
+    )
+    return patcher
+
+
+class Session:
+    """Options, records and run-time bookkeeping of one optimised model."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.records: list[GraphRecord] = []
+        self.paths: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+        self.current: dict[str, GraphRecord] = {}
+        self.uncaptured: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.bypass = False
+        self.settings = dynamo_settings()
+        self._running = ""
+        self._ran: GraphRecord | None = None
+        self._pending: list[GraphRecord] = []
+
+    def note(self, text: str) -> None:
+        """Keep a line for the report, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def ran(self, record: GraphRecord) -> None:
+        """Called by a region's callable each time it runs."""
+        self._ran = record
+        if self.current.get(self._running) is not record:
+            previous = self.current.get(self._running)
+            if previous is not None:
+                previous.modules.discard(self._running)
+            record.modules.add(self._running)
+            self.current[self._running] = record
+
+    def call(
+        self, module: nn.Module, compiled: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """Run a compiled region for ``module`` under our Dynamo settings and note which graph ran."""
+        outer, self._running, self._ran = self._running, self.paths.get(module, "?"), None
+        revert = self.settings()
+        try:
+            return compiled(module, *args, **kwargs)
+        finally:
+            revert()
+            if self._ran is None:
+                self.current.pop(self._running, None)
+                self.uncaptured.setdefault(
+                    self._running,
+                    "Dynamo ran it uncompiled (recompile limit, a skipped frame or no graph)",
+                )
+            else:
+                self.uncaptured.pop(self._running, None)
+            self._running = outer
+
+    @contextmanager
+    def bypassed(self) -> Any:
+        """Blocks run their original code inside."""
+        before, self.bypass = self.bypass, True
+        try:
+            yield
+        finally:
+            self.bypass = before
+
+
+def wants_compiled(module: nn.Module, session: Session) -> bool:
+    """Whether this call is a training step's: training mode and gradients, or their recompute.
+
+    A reentrant checkpoint runs its first pass without gradients; it must take the same kernels as
+    the recompute does.
+    """
+    if not module.training or session.bypass or torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or bool(getattr(module, "gradient_checkpointing", False))

@@ -1,0 +1,195 @@
+"""Verify: at the first step, hold the rewritten region against float64 and against eager.
+
+The region's real inputs are cut down along its symbolic sizes (a few rows, a few tokens) and run
+three times: as captured, as rewritten, and as captured in float64. The rewrite stays if its error
+against float64 is not above eager's, on the outputs and on every gradient. Dropout is off in all
+three, since float64 would draw other masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fusewright.compiler import ir
+from fusewright.compiler.records import Verdict
+
+aten = torch.ops.aten
+
+_LARGEST = 48
+_BUDGET = 2**28
+_MEAN_FACTOR, _TENSOR_FACTOR = 1.1, 2.0
+
+
+class NotVerifiable(Exception):
+    """The region cannot be run in float64 or cut down; the message says why."""
+
+
+class _Quiet(fx.Interpreter):
+    """Runs a graph with dropout off."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is aten.dropout.default:
+            return args[0].clone()
+        if target is aten.scaled_dot_product_attention.default and len(args) > 4:
+            args = (*args[:4], 0.0, *args[5:])
+        return super().call_function(target, args, kwargs)
+
+
+class _Float64(_Quiet):
+    """Runs a graph in float64: floating casts and dtypes are widened."""
+
+    def run_node(self, node: fx.Node) -> Any:
+        if ir.is_cast(node):
+            return self.env[node.args[0]]
+        return super().run_node(node)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        widened = tuple(_widen_dtype(a) for a in args)
+        return super().call_function(
+            target, widened, {k: _widen_dtype(v) for k, v in kwargs.items()}
+        )
+
+
+def _widen_dtype(value: Any) -> Any:
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float64
+    return value
+
+
+def verify(canonical: fx.GraphModule, rewritten: fx.GraphModule, args: Sequence[Any]) -> Verdict:
+    """Whether the rewritten graph is at least as exact as the captured one, on real inputs."""
+    try:
+        cut = _cut(canonical, args)
+        exact = _errors_free(_Float64(canonical), cut, torch.float64)
+    except NotVerifiable as reason:
+        return Verdict(reason=str(reason))
+    except (RuntimeError, TypeError, NotImplementedError, KeyError) as error:
+        return Verdict(reason=f"the region does not run in float64: {_brief(error)}")
+    try:
+        eager = _errors_free(_Quiet(canonical), cut, None)
+    except (RuntimeError, TypeError, KeyError) as error:
+        return Verdict(reason=f"the region does not run on cut inputs: {_brief(error)}")
+    try:
+        ours = _errors_free(_Quiet(rewritten), cut, None)
+    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+        return Verdict(status="reverted", reason=f"the rewritten region failed: {_brief(error)}")
+    return _judge(exact, eager, ours)
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _cut(graph: fx.GraphModule, args: Sequence[Any]) -> list[Any]:
+    """The real inputs, cut to a few rows along every symbolic size."""
+    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    sizes: dict[Any, int] = {}
+    for node, real in zip(placeholders, args, strict=True):
+        val = ir.value(node)
+        if isinstance(val, torch.Tensor) and isinstance(real, torch.Tensor):
+            for symbolic, size in zip(val.shape, real.shape, strict=True):
+                if isinstance(symbolic, torch.SymInt) and symbolic.node.expr.is_symbol:
+                    sizes[symbolic.node.expr] = min(int(size), _LARGEST)
+    out: list[Any] = []
+    total = 0
+    for node, real in zip(placeholders, args, strict=True):
+        val = ir.value(node)
+        if isinstance(val, torch.SymInt):
+            out.append(_size(val, sizes))
+        elif isinstance(val, torch.Tensor) and isinstance(real, torch.Tensor):
+            piece = real.detach()
+            for dim, symbolic in enumerate(val.shape):
+                if isinstance(symbolic, torch.SymInt):
+                    piece = piece.narrow(dim, 0, _size(symbolic, sizes))
+            total += 0 if isinstance(real, torch.nn.Parameter) else piece.numel()
+            out.append(piece.requires_grad_(False))
+        else:
+            out.append(real)
+    if total > _BUDGET:
+        raise NotVerifiable("its inputs are large and their sizes static, so no slice can be cut")
+    wanted = [isinstance(a, torch.Tensor) and a.requires_grad for a in args]
+    return [(value, w) for value, w in zip(out, wanted, strict=True)]
+
+
+def _size(symbolic: torch.SymInt, sizes: dict[Any, int]) -> int:
+    found = symbolic.node.expr.subs(sizes)
+    if not found.is_number:
+        raise NotVerifiable(f"the size {symbolic.node.expr} is not given by its inputs' shapes")
+    return int(found)
+
+
+def _errors_free(
+    runner: fx.Interpreter, cut: list[tuple[Any, bool]], dtype: torch.dtype | None
+) -> list[torch.Tensor | None]:
+    """Outputs, then gradients of the inputs that want one, for one fixed cotangent."""
+    leaves: list[Any] = []
+    for value, wants in cut:
+        if isinstance(value, torch.Tensor):
+            value = value.clone()
+            if dtype is not None and value.is_floating_point():
+                value = value.to(dtype)
+            value.requires_grad_(wants)
+        leaves.append(value)
+    devices = [v.device for v in leaves if isinstance(v, torch.Tensor) and v.is_cuda]
+    with torch.random.fork_rng(devices=sorted({d.index for d in devices})), torch.enable_grad():
+        results = [r for r in _flat(runner.run(*leaves)) if isinstance(r, torch.Tensor)]
+    floats = [r for r in results if r.requires_grad]
+    wanted = [v for (_, w), v in zip(cut, leaves, strict=True) if w]
+    generator = torch.Generator().manual_seed(3)
+    cotangents = [
+        torch.randn(r.shape, generator=generator).to(device=r.device, dtype=r.dtype) for r in floats
+    ]
+    grads: Sequence[torch.Tensor | None] = ()
+    if floats and wanted:
+        grads = torch.autograd.grad(floats, wanted, cotangents, allow_unused=True)
+    return [r.detach() for r in results if r.is_floating_point()] + list(grads)
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return [leaf for part in value for leaf in _flat(part)]
+    return [value]
+
+
+def _judge(
+    exact: list[torch.Tensor | None],
+    eager: list[torch.Tensor | None],
+    ours: list[torch.Tensor | None],
+) -> Verdict:
+    if not len(exact) == len(eager) == len(ours):
+        return Verdict(status="reverted", reason="the rewritten region has other outputs")
+    pairs: list[tuple[float, float, float]] = []
+    for x, e, o in zip(exact, eager, ours, strict=True):
+        if (e is None) != (o is None):
+            return Verdict(status="reverted", reason="another set of inputs gets a gradient")
+        if x is None or e is None or o is None or x.numel() == 0:
+            continue
+        scale = float(x.norm())
+        if scale == 0.0 or not (float((e - x).norm()) < float("inf")):
+            continue
+        pairs.append(
+            (
+                float((o.double() - x).norm()) / scale,
+                float((e.double() - x).norm()) / scale,
+                torch.finfo(e.dtype).eps,
+            )
+        )
+    if not pairs:
+        return Verdict(reason="it has no floating outputs or gradients to compare")
+    mean_ours = sum(o for o, _, _ in pairs) / len(pairs)
+    mean_eager = sum(e for _, e, _ in pairs) / len(pairs)
+    floor = sum(eps for _, _, eps in pairs) / len(pairs) / 32
+    verdict = Verdict("accepted", "", mean_ours, mean_eager)
+    worst = max(pairs, key=lambda p: p[0] - _TENSOR_FACTOR * p[1])
+    if not mean_ours <= _MEAN_FACTOR * mean_eager + floor:
+        verdict.status = "reverted"
+        verdict.reason = f"mean error {mean_ours:.2e} against eager's {mean_eager:.2e}"
+    elif not worst[0] <= _TENSOR_FACTOR * worst[1] + worst[2] / 4:
+        verdict.status = "reverted"
+        verdict.reason = f"one tensor's error {worst[0]:.2e} against eager's {worst[1]:.2e}"
+    return verdict

@@ -1,0 +1,161 @@
+"""Logits that cost nothing until somebody reads them.
+
+With a fused loss the logits are never made. ``outputs.logits`` is then a :class:`LazyLogits`: it
+knows its shape, dtype and device, and becomes the real tensor at the first operation on it. Read
+while gradients are on, it is computed from the live hidden states, so a custom loss on it trains
+the model as it would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+_METADATA = frozenset(
+    {
+        torch.Tensor.size,
+        torch.Tensor.dim,
+        torch.Tensor.numel,
+        torch.Tensor.is_floating_point,
+        torch.Tensor.is_complex,
+        torch.Tensor.element_size,
+        torch.Tensor.ndimension,
+        torch.is_floating_point,
+        torch.is_complex,
+        torch.numel,
+        *(
+            getattr(torch.Tensor, name).__get__
+            for name in (
+                "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta",
+                "is_sparse", "is_quantized", "is_nested", "is_mps", "is_xpu", "names", "itemsize",
+                "is_leaf", "grad",
+            )
+            if hasattr(torch.Tensor, name)
+        ),
+    }
+)
+_CASTS = {
+    torch.Tensor.float: torch.float32,
+    torch.Tensor.double: torch.float64,
+    torch.Tensor.half: torch.float16,
+    torch.Tensor.bfloat16: torch.bfloat16,
+}
+
+
+class LazyLogits(torch.Tensor):
+    """A tensor that is computed when it is first used.
+
+    Args:
+        compute: leaves -> the tensor.
+        leaves: what it is computed from; kept as long as this object lives.
+        sizes: the tensor's shape.
+        dtype: the tensor's dtype.
+        attached: whether the computed tensor takes part in autograd.
+    """
+
+    @staticmethod
+    def __new__(
+        cls,
+        compute: Callable[..., torch.Tensor],
+        leaves: Sequence[Any],
+        sizes: Sequence[int],
+        dtype: torch.dtype,
+        attached: bool = True,
+    ) -> LazyLogits:
+        device = next(t.device for t in leaves if isinstance(t, torch.Tensor))
+        lazy: LazyLogits = torch.Tensor._make_wrapper_subclass(
+            cls, tuple(sizes), dtype=dtype, device=device
+        )
+        return lazy
+
+    def __init__(
+        self,
+        compute: Callable[..., torch.Tensor],
+        leaves: Sequence[Any],
+        sizes: Sequence[int],
+        dtype: torch.dtype,
+        attached: bool = True,
+    ) -> None:
+        self._compute = compute
+        self._leaves = tuple(leaves)
+        self._versions = [t._version for t in leaves if isinstance(t, torch.Tensor)]
+        self._attached = attached
+        self._sizes = tuple(sizes)
+        self._known: torch.Tensor | None = None
+
+    def materialize(self) -> torch.Tensor:
+        """The real tensor; computed once per gradient mode.
+
+        Raises:
+            RuntimeError: the weights were updated since the forward pass.
+        """
+        wants_grad = self._attached and torch.is_grad_enabled()
+        if self._known is not None and (self._known.requires_grad or not wants_grad):
+            return self._known if wants_grad else self._known.detach()
+        now = [t._version for t in self._leaves if isinstance(t, torch.Tensor)]
+        if now != self._versions:
+            raise RuntimeError(
+                "these logits were not computed in the forward pass, and the weights they are made "
+                'of have changed since; read them before the optimizer step, or pass logits="eager" '
+                "to fusewright.optimize"
+            )
+        leaves = self._leaves
+        if not self._attached:
+            leaves = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in leaves)
+        with torch._C.DisableTorchFunctionSubclass():
+            self._known = self._compute(*leaves).to(self.dtype)
+        return self._known
+
+    def _derive(self, dtype: torch.dtype, attached: bool) -> LazyLogits:
+        return LazyLogits(self._compute, self._leaves, self._sizes, dtype, attached)
+
+    @property
+    def materialized(self) -> bool:
+        """Whether the tensor has been computed."""
+        return self.__dict__.get("_known") is not None
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        lazy = args[0] if args and isinstance(args[0], LazyLogits) else None
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if lazy is not None and not lazy.materialized:
+            if func is torch.Tensor.requires_grad.__get__:
+                return lazy._attached and any(
+                    isinstance(t, torch.Tensor) and t.requires_grad for t in lazy._leaves
+                )
+            if func in _CASTS and not kwargs:
+                return lazy._derive(_CASTS[func], lazy._attached)
+            if func is torch.Tensor.detach:
+                return lazy._derive(lazy.dtype, False)
+            if func is torch.Tensor.to and len(args) == 2 and not kwargs:
+                if isinstance(args[1], torch.dtype) and args[1].is_floating_point:
+                    return lazy._derive(args[1], lazy._attached)
+        args, kwargs = tree_map_only(LazyLogits, LazyLogits.materialize, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        # Reached by callers that bypass __torch_function__ (C++ code, autograd's own calls).
+        args, kwargs = tree_map_only(LazyLogits, LazyLogits.materialize, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.materialize().detach().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.materialize().detach().clone()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        if not self.materialized:
+            return f"LazyLogits(shape={tuple(self._sizes)}, dtype={self.dtype}, not computed)"
+        return repr(self._known)
