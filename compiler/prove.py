@@ -43,6 +43,7 @@ class Candidate:
         cast: the casting mode, for the report.
         scaled: roles that are drawn at several scales (activations); others at scale 1.
         draw: role -> how to draw it, where a normal draw is no valid input.
+        constant: roles that the kernel gives no gradient (tables); the region's must not need one.
         share: how many instances of the family one candidate holds (q and k together: 2).
     """
 
@@ -57,6 +58,7 @@ class Candidate:
     draw: dict[str, Draw] = field(default_factory=dict)
     share: int = 1
     kernel: str = ""
+    constant: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,10 @@ class Disproved(Exception):
 
 def prove(candidate: Candidate) -> Proof:
     """Accept the candidate, or raise Disproved with the reason."""
+    for role in candidate.constant:
+        node = candidate.inputs[role]
+        if node is not None and ir.value(node).requires_grad:
+            raise Disproved(f"{role} needs a gradient, and the kernel gives none")
     try:
         sizes = _concrete_sizes(candidate)
         worst_y = worst_g = 0.0
@@ -171,7 +177,7 @@ def _draw(
             raise Disproved(f"no way to draw the {val.dtype} input {role!r}")
         if t.is_floating_point():
             t = round_through(t, val.dtype) if rounding else t
-            t = t.detach().requires_grad_()
+            t = t.detach().requires_grad_(role not in candidate.constant)
         drawn[role] = t
     return drawn
 

@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from fusewright.compiler.match import Pattern
+from fusewright.patterns.cross_entropy import CrossEntropy, LinearCrossEntropy
+from fusewright.patterns.glu import GLU
+from fusewright.patterns.lora import LoRA
 from fusewright.patterns.rms_norm import RMSNorm
+from fusewright.patterns.rope import RoPE
 
-DEFAULT: tuple[Pattern, ...] = (RMSNorm(),)
+DEFAULT: tuple[Pattern, ...] = (
+    LinearCrossEntropy(),
+    CrossEntropy(),
+    RMSNorm(),
+    RoPE(),
+    LoRA(),
+    GLU(),
+)

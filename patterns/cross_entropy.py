@@ -1,0 +1,251 @@
+"""Cross-entropy, alone or together with the projection that makes its logits.
+
+    z = scale x W^T + b          z' = softcap tanh(z / softcap)
+    loss = sum over rows of [lse(z') - z'_label] / denominator, with label smoothing
+
+Anchor: the library's cross-entropy. Upwards lie casts, views, a logit scale and a softcap, and the
+projection; downwards a division by the number of items. With the projection the logits are never
+whole: see kernels/linear_cross_entropy.py. Class weights are not offered by the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fusewright.compiler import ir
+from fusewright.compiler.match import Refused
+from fusewright.compiler.prove import Candidate, Rounder
+from fusewright.compiler.rewrite import call, item
+
+aten = torch.ops.aten
+
+_REDUCTIONS = ("none", "mean", "sum")
+_RESHAPES = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """A cross-entropy call and what surrounds it."""
+
+    logits: fx.Node
+    labels: fx.Node
+    denominator: fx.Node | None
+    out: fx.Node
+    nodes: frozenset[fx.Node]
+    reduction: str
+    ignore_index: int
+    smoothing: float
+    scale: float = 1.0
+    softcap: float = 0.0
+
+
+def anchors(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The library's cross-entropies."""
+    return (n for n in ir.calls(graph) if ir.is_call(n, aten.cross_entropy_loss.default))
+
+
+class LinearCrossEntropy:
+    """Projection and loss in one: the logits are made, used and forgotten chunk by chunk."""
+
+    name = "linear_cross_entropy"
+
+    def anchors(self, graph: fx.Graph) -> Iterator[fx.Node]:
+        """The library's cross-entropies."""
+        return anchors(graph)
+
+    def candidates(self, anchor: fx.Node) -> Iterator[Candidate]:
+        """Claims about the loss at ``anchor``, with the division below it first."""
+        for loss in _losses(anchor):
+            linear, loss = _climb(loss)
+            if linear is None:
+                raise Refused("no plain projection makes the logits")
+            if loss.reduction == "none":
+                raise Refused("the loss is not reduced over the tokens")
+            yield _fused(loss, linear)
+
+
+class CrossEntropy:
+    """The loss alone, where its logits are used elsewhere too."""
+
+    name = "cross_entropy"
+
+    def anchors(self, graph: fx.Graph) -> Iterator[fx.Node]:
+        """The library's cross-entropies."""
+        return anchors(graph)
+
+    def candidates(self, anchor: fx.Node) -> Iterator[Candidate]:
+        """Claims about the loss at ``anchor``: with the cast of the logits first."""
+        base = list(_losses(anchor))[-1]
+        yield _plain(_uncast(base))
+        yield _plain(base)
+
+
+def _losses(anchor: fx.Node) -> Iterator[_Loss]:
+    arguments = (*anchor.args, *(None, 1, -100, 0.0)[len(anchor.args) - 2 :])
+    logits, labels, weight, reduction, ignore_index, smoothing = arguments
+    if weight is not None:
+        raise Refused("class weights are not offered by the kernel")
+    if len(ir.shape(logits)) != 2 or ir.dtype(labels).is_floating_point:
+        raise Refused("the logits are not rows of classes with one label each")
+    loss = _Loss(
+        logits, labels, None, anchor, frozenset({anchor}),
+        _REDUCTIONS[reduction], ignore_index, smoothing,
+    )  # fmt: skip
+    users = list(anchor.users)
+    if loss.reduction == "sum" and len(users) == 1 and ir.is_call(users[0], aten.div.Tensor):
+        divisor = users[0].args[1]
+        scalar = ir.is_tensor(divisor) and len(ir.shape(divisor)) == 0
+        if users[0].args[0] is anchor and scalar and not ir.value(divisor).requires_grad:
+            yield replace(loss, denominator=divisor, out=users[0], nodes=loss.nodes | {users[0]})
+    yield loss
+
+
+def _uncast(loss: _Loss) -> _Loss:
+    node, passed = loss.logits, set(loss.nodes)
+    while ir.is_cast(node) or ir.is_call(node, *_RESHAPES):
+        if not ir.is_cast(node) and len(ir.shape(node.args[0])) != 2:
+            # The kernel takes rows: keep the view below the cast, and cast nothing.
+            break
+        passed.add(node)
+        node = node.args[0]  # type: ignore[assignment]
+    if len(ir.shape(node)) != 2:
+        return loss
+    return replace(loss, logits=node, nodes=frozenset(passed))
+
+
+def _climb(loss: _Loss) -> tuple[fx.Node | None, _Loss]:
+    """The projection above the loss, and the loss with everything between the two read off."""
+    node, passed = loss.logits, set(loss.nodes)
+    factors, softcap = [], 0.0
+    while not ir.is_call(node, aten.linear.default):
+        passed.add(node)
+        if ir.is_cast(node) or ir.is_call(node, *_RESHAPES, *ir.IDENTITIES):
+            node = node.args[0]  # type: ignore[assignment]
+        elif ir.is_call(node, aten.mul.Tensor, aten.div.Tensor) and _literal(node) is not None:
+            value, node = _literal(node)  # type: ignore[misc]
+            factors.append(value)
+        elif ir.is_call(node, aten.tanh.default) and not softcap and len(factors) == 1:
+            softcap = factors.pop()
+            node = node.args[0]  # type: ignore[assignment]
+        else:
+            return None, loss
+    passed.add(node)
+    scale = softcap if softcap else 1.0
+    for factor in factors:
+        scale *= factor
+    return node, replace(loss, nodes=frozenset(passed), scale=scale, softcap=softcap)
+
+
+def _literal(node: fx.Node) -> tuple[float, fx.Node] | None:
+    """(factor, other operand) of a product or quotient with a number."""
+    a, b = ir.operands(node)
+    if isinstance(b, (int, float)) and ir.is_tensor(a):
+        return (float(b) if node.target is aten.mul.Tensor else 1.0 / float(b)), a
+    if isinstance(a, (int, float)) and ir.is_tensor(b) and node.target is aten.mul.Tensor:
+        return float(a), b
+    return None
+
+
+def _formula(loss: _Loss, logits: torch.Tensor, t: dict[str, Any]) -> torch.Tensor:
+    z = logits * loss.scale
+    if loss.softcap:
+        z = loss.softcap * torch.tanh(z / loss.softcap)
+    out = F.cross_entropy(
+        z,
+        t["labels"],
+        ignore_index=loss.ignore_index,
+        reduction=loss.reduction,
+        label_smoothing=loss.smoothing,
+    )
+    return out if t.get("denominator") is None else out / t["denominator"]
+
+
+def _labels(loss: _Loss, classes: Any) -> Any:
+    def draw(extent: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        labels = torch.randint(0, classes, extent, generator=generator)
+        labels.view(-1)[-1:] = loss.ignore_index
+        return labels
+
+    return draw
+
+
+def _count(extent: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    return torch.full(extent, 5)
+
+
+def _params(loss: _Loss) -> dict[str, Any]:
+    shown = {"reduction": loss.reduction, "ignore_index": loss.ignore_index}
+    shown |= {"num_items": True} if loss.denominator is not None else {}
+    shown |= {"softcap": loss.softcap} if loss.softcap else {}
+    shown |= {"scale": loss.scale} if loss.scale != 1.0 else {}
+    return shown | ({"label_smoothing": loss.smoothing} if loss.smoothing else {})
+
+
+def _as_recorded(graph: fx.Graph, made: fx.Node, out: fx.Node) -> fx.Node:
+    if ir.dtype(made) == ir.dtype(out):
+        return made
+    return call(graph, aten.to.dtype, (made, ir.dtype(out)), out)
+
+
+def _fused(loss: _Loss, linear: fx.Node) -> Candidate:
+    x, weight = linear.args[:2]
+    bias = linear.args[2] if len(linear.args) > 2 else None
+    inputs = {"x": x, "weight": weight, "bias": bias, "labels": loss.labels}
+    inputs["denominator"] = loss.denominator
+    classes = ir.shape(weight)[0]  # type: ignore[arg-type]
+
+    def formula(t: dict[str, Any], rounder: Rounder) -> list[torch.Tensor]:
+        logits = F.linear(t["x"], t["weight"], t["bias"])
+        return [_formula(loss, logits.reshape(-1, logits.shape[-1]), t)]
+
+    def emit(graph: fx.Graph, read: Mapping[str, Any]) -> list[fx.Node]:
+        rows = call(graph, aten.reshape.default, (read["x"], [-1, ir.last(read["x"])]), linear)
+        args = (
+            rows, read["weight"], read["bias"], read["labels"], read["denominator"],
+            loss.ignore_index, loss.reduction, loss.smoothing, loss.softcap, loss.scale, 0.0,
+        )  # fmt: skip
+        target = torch.ops.fusewright.linear_cross_entropy.default
+        return [_as_recorded(graph, item(graph, call(graph, target, args, loss.out), 0), loss.out)]
+
+    return Candidate(
+        nodes=loss.nodes,
+        inputs=inputs,  # type: ignore[arg-type]
+        outputs=(loss.out,),
+        formula=formula,
+        emit=emit,
+        params=_params(loss),
+        cast="output",
+        draw={"labels": _labels(loss, classes), "denominator": _count},
+        kernel="linear_cross_entropy",
+    )
+
+
+def _plain(loss: _Loss) -> Candidate:
+    def formula(t: dict[str, Any], rounder: Rounder) -> list[torch.Tensor]:
+        return [_formula(loss, t["logits"], t)]
+
+    def emit(graph: fx.Graph, read: Mapping[str, Any]) -> list[fx.Node]:
+        args = (
+            read["logits"], read["labels"], loss.ignore_index, loss.reduction,
+            loss.smoothing, loss.softcap, loss.scale, 0.0,
+        )  # fmt: skip
+        target = torch.ops.fusewright.cross_entropy.default
+        return [_as_recorded(graph, item(graph, call(graph, target, args, loss.out), 0), loss.out)]
+
+    return Candidate(
+        nodes=loss.nodes,
+        inputs={"logits": loss.logits, "labels": loss.labels},
+        outputs=(loss.out,),
+        formula=formula,
+        emit=emit,
+        params=_params(loss),
+        cast="output",
+        draw={"labels": _labels(loss, ir.shape(loss.logits)[1])},
+        kernel="cross_entropy",
+    )

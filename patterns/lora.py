@@ -1,0 +1,205 @@
+"""Low-rank adapters beside a linear layer: y = x W^T + b + sum_i s_i (x A_i^T) B_i^T.
+
+Anchor: two linear maps in a row of which the first is thin. Growing: the scale, the casts around
+the adapter (PEFT keeps float32 adapters beside a bf16 base), and the sum with the base layer's
+output, which must read the same x. Adapters with dropout stay as they are. The backward is derived
+in kernels/lora.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fusewright.compiler import ir
+from fusewright.compiler.match import Refused
+from fusewright.compiler.prove import Candidate, Rounder
+from fusewright.compiler.rewrite import call
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """One low-rank branch, from the layer's input to what is added to the base's output."""
+
+    x: fx.Node
+    down: fx.Node
+    up: fx.Node
+    scale: float
+    out: fx.Node
+    nodes: frozenset[fx.Node]
+
+
+class LoRA:
+    """See the module's docstring."""
+
+    name = "lora"
+
+    def anchors(self, graph: fx.Graph) -> Iterator[fx.Node]:
+        """Second halves of two linear maps in a row through a thin waist."""
+        for node in ir.calls(graph):
+            if _thin_pair(node) is not None:
+                yield node
+
+    def candidates(self, anchor: fx.Node) -> Iterator[Candidate]:
+        """Claims about the layer that the adapter at ``anchor`` belongs to."""
+        adapter = _adapter(anchor)
+        base, adapters, out, nodes = _collect(adapter)
+        results = [u for u in out.users if ir.is_cast(u)] if len(out.users) == 1 else []
+        for result in (*results, out):
+            yield _candidate(base, adapters, result, nodes | {result})
+
+
+def _thin_pair(node: fx.Node) -> fx.Node | None:
+    """The first map, if ``node`` is the second of two bias-free linear maps with a thin waist."""
+    if not _plain_linear(node):
+        return None
+    first = ir.strip_casts(node.args[0])  # type: ignore[arg-type]
+    if not _plain_linear(first):
+        return None
+    (rank, width), height = ir.shape(first.args[1]), ir.shape(node.args[1])[0]  # type: ignore[arg-type]
+    return first if rank < min(width, height) else None
+
+
+def _plain_linear(node: Any) -> bool:
+    return ir.is_call(node, aten.linear.default) and (len(node.args) < 3 or node.args[2] is None)
+
+
+def _adapter(second: fx.Node) -> _Adapter:
+    first = _thin_pair(second)
+    if first is None:
+        raise Refused("not two linear maps in a row")
+    nodes = {first, second}
+    middle: Any = second.args[0]
+    while middle is not first:
+        nodes.add(middle)
+        middle = middle.args[0]
+    x: Any = first.args[0]
+    while ir.is_cast(x):
+        nodes.add(x)
+        x = x.args[0]
+    if ir.is_call(x, aten.dropout.default):
+        raise Refused(f"the adapter drops out its input (p={x.args[1]})")
+    scale, out = 1.0, second
+    while len(out.users) == 1:
+        (user,) = out.users
+        factor = ir.other_operand(user, out) if ir.is_call(user, aten.mul.Tensor) else None
+        if isinstance(factor, (int, float)):
+            scale *= float(factor)
+        elif not ir.is_cast(user):
+            break
+        nodes.add(user)
+        out = user
+    return _Adapter(x, first.args[1], second.args[1], scale, out, frozenset(nodes))  # type: ignore[arg-type]
+
+
+def _collect(
+    adapter: _Adapter,
+) -> tuple[fx.Node, list[_Adapter], fx.Node, frozenset[fx.Node]]:
+    """The base layer, every adapter summed onto it, the sum and all calls in between."""
+    nodes = set(adapter.nodes)
+    total = adapter.out
+    addends: list[fx.Node] = []
+    while True:
+        sums = [u for u in total.users if ir.is_call(u, aten.add.Tensor, aten.add_.Tensor)]
+        if len(total.users) != 1 or not sums or ir.is_call(sums[0], aten.add_.Tensor):
+            break
+        other = ir.other_operand(sums[0], total)
+        if not _belongs(other, adapter):
+            break
+        addends.append(other)
+        nodes.add(sums[0])
+        total = sums[0]
+    base, adapters = None, [adapter]
+    while addends:
+        node = addends.pop(0)
+        stripped = ir.strip_casts(node)
+        if ir.is_call(stripped, aten.add.Tensor):
+            nodes |= _chain(node, stripped)
+            addends += [a for a in stripped.all_input_nodes]
+        elif ir.is_call(stripped, aten.linear.default) and _thin_pair(stripped) is None:
+            if base is not None:
+                raise Refused("the adapter is added to more than one linear layer")
+            nodes |= _chain(node, stripped)
+            base = stripped
+        else:
+            more = _adapter(_second_of(stripped))
+            nodes |= more.nodes | _chain(node, stripped)
+            adapters.append(more)
+    if base is None:
+        raise Refused("no linear layer's output is added to the adapter's")
+    if any(a.x is not ir.strip_casts(base.args[0]) for a in adapters):  # type: ignore[arg-type]
+        raise Refused("the adapter and the base layer read different inputs")
+    x: Any = base.args[0]
+    nodes |= _chain(x, ir.strip_casts(x)) - {ir.strip_casts(x)}
+    return base, adapters, total, frozenset(nodes)
+
+
+def _chain(top: fx.Node, bottom: fx.Node) -> set[fx.Node]:
+    nodes = {bottom}
+    while top is not bottom:
+        nodes.add(top)
+        top = top.args[0]  # type: ignore[assignment]
+    return nodes
+
+
+def _belongs(node: Any, adapter: _Adapter) -> bool:
+    """Whether an addend is the base's output, another adapter's, or a sum of such."""
+    if not ir.is_tensor(node):
+        return False
+    node = ir.strip_casts(node)
+    if ir.is_call(node, aten.add.Tensor):
+        return all(_belongs(a, adapter) for a in node.all_input_nodes)
+    if ir.is_call(node, aten.linear.default):
+        source = ir.strip_casts(node.args[0])
+        return source is adapter.x or _thin_pair(node) is not None
+    return ir.is_call(node, aten.mul.Tensor) and _second_of(node) is not None
+
+
+def _second_of(node: Any) -> Any:
+    while ir.is_call(node, aten.mul.Tensor) or ir.is_cast(node):
+        node = next((a for a in node.all_input_nodes if ir.is_tensor(a)), None)
+    return node if node is not None and _thin_pair(node) is not None else None
+
+
+def _candidate(
+    base: fx.Node, adapters: list[_Adapter], out: fx.Node, nodes: frozenset[fx.Node]
+) -> Candidate:
+    x = adapters[0].x
+    scales = [a.scale for a in adapters]
+    inputs: dict[str, fx.Node | None] = {"x": x, "weight": base.args[1]}  # type: ignore[dict-item]
+    inputs["bias"] = base.args[2] if len(base.args) > 2 else None  # type: ignore[assignment]
+    for i, adapter in enumerate(adapters):
+        inputs[f"a{i}"], inputs[f"b{i}"] = adapter.down, adapter.up
+    out_dtype = ir.dtype(out)
+
+    def formula(t: dict[str, Any], rounder: Rounder) -> list[torch.Tensor]:
+        y = F.linear(t["x"], t["weight"], t["bias"])
+        for i, scale in enumerate(scales):
+            y = y + scale * F.linear(F.linear(t["x"], t[f"a{i}"]), t[f"b{i}"])
+        return [y]
+
+    def emit(graph: fx.Graph, read: Mapping[str, Any]) -> list[fx.Node]:
+        downs = [read[f"a{i}"] for i in range(len(scales))]
+        ups = [read[f"b{i}"] for i in range(len(scales))]
+        args = (read["x"], read["weight"], read["bias"], downs, ups, scales, out_dtype)
+        return [call(graph, torch.ops.fusewright.lora_linear.default, args, out)]
+
+    ranks = [ir.shape(a.down)[0] for a in adapters]
+    return Candidate(
+        nodes=nodes,
+        inputs=inputs,
+        outputs=(out,),
+        formula=formula,
+        emit=emit,
+        params={"r": ranks[0] if len(ranks) == 1 else ranks, "scale": scales},
+        cast="output",
+        scaled=("x",),
+        kernel="lora_linear",
+    )
