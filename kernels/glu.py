@@ -1,0 +1,280 @@
+"""Gated linear units: y = act(gate) up, and the clamped form of gpt-oss.
+
+Shapes: gate, up, y (..., F); packed: gate_up (..., 2F), either the halves [gate | up] (or
+[up | gate]) or interleaved pairs gate_0, up_0, gate_1, up_1, ... Saved: gate and up, or gate_up;
+never their product. Computed in float32 (float64 for float64 inputs), rounded once at the output.
+
+Backward:
+    dgate = dy up act'(gate)            dup = dy act(gate)
+and for the packed form both go into one buffer laid out like gate_up, so that the gradient of the
+projection's input is one GEMM.
+
+Clamped (limit L > 0, slope parameter alpha), with g = min(gate, L) and u = min(max(up, -L), L):
+    y = (u + 1) g s(alpha g)
+    dgate = dy (u + 1) (g s(alpha g))' [gate <= L]      dup = dy g s(alpha g) [-L <= up <= L]
+A value exactly at the limit keeps its gradient, as torch.clamp does.
+
+Sources: N. Shazeer, "GLU Variants Improve Transformer", 2020; the gpt-oss model card, 2025.
+Traffic per element of y: forward reads two and writes one; backward reads three and writes two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fusewright.kernels.activations import lookup, swish_slope, swish_value
+from fusewright.kernels.reduce import absent, compute_dtype
+from fusewright.kernels.spec import OpSpec
+
+_Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def halves(gate_up: torch.Tensor, gate_first: bool, interleaved: bool) -> _Pair:
+    """Views (gate, up) of a packed tensor (..., 2F)."""
+    width = gate_up.shape[-1]
+    if width % 2:
+        raise ValueError(f"gate_up: expected an even last dimension, got {tuple(gate_up.shape)}")
+    if interleaved:
+        first, second = gate_up[..., 0::2], gate_up[..., 1::2]
+    else:
+        first, second = gate_up[..., : width // 2], gate_up[..., width // 2 :]
+    return (first, second) if gate_first else (second, first)
+
+
+def check_pair(gate: torch.Tensor, up: torch.Tensor) -> None:
+    """Refuse a gate and an up that do not belong together."""
+    if gate.shape != up.shape:
+        raise ValueError(
+            f"up: expected the shape of gate {tuple(gate.shape)}, got {tuple(up.shape)}"
+        )
+    if gate.dtype != up.dtype:
+        raise TypeError(f"up: expected the dtype of gate {gate.dtype}, got {up.dtype}")
+    if gate.device != up.device:
+        raise ValueError(f"up: expected the device of gate {gate.device}, got {up.device}")
+
+
+def _plain(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    y: torch.Tensor = lookup(activation).value(torch, gate) * up
+    return y
+
+
+def _plain_grads(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> _Pair:
+    act = lookup(activation)
+    return dy * up * act.slope(torch, gate), dy * act.value(torch, gate)
+
+
+def _clamped(gate: torch.Tensor, up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    g, u = gate.clamp(max=limit), up.clamp(-limit, limit)
+    y: torch.Tensor = (u + 1.0) * swish_value(torch, g, alpha)
+    return y
+
+
+def _clamped_grads(
+    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, alpha: float, limit: float
+) -> _Pair:
+    g, u = gate.clamp(max=limit), up.clamp(-limit, limit)
+    dgate = dy * (u + 1.0) * swish_slope(torch, g, alpha)
+    dup = dy * swish_value(torch, g, alpha)
+    return torch.where(gate > limit, 0.0, dgate), torch.where(up.abs() > limit, 0.0, dup)
+
+
+def _new(like: torch.Tensor, dtype: torch.dtype, value: torch.Tensor) -> torch.Tensor:
+    return torch.empty(value.shape, dtype=dtype, device=like.device).copy_(value)
+
+
+def glu_reference_fwd(
+    gate: torch.Tensor, up: torch.Tensor, activation: str, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """act(gate) up in plain PyTorch."""
+    check_pair(gate, up)
+    t = compute_dtype(gate)
+    return _new(gate, out_dtype, _plain(gate.to(t), up.to(t), activation))
+
+
+def glu_reference_bwd(
+    dy: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: str,
+    need_gate: bool,
+    need_up: bool,
+) -> _Pair:
+    """dgate and dup in plain PyTorch."""
+    t = compute_dtype(gate)
+    dgate, dup = _plain_grads(dy.to(t), gate.to(t), up.to(t), activation)
+    return (
+        _new(gate, gate.dtype, dgate) if need_gate else absent(gate),
+        _new(up, up.dtype, dup) if need_up else absent(up),
+    )
+
+
+def packed_reference_fwd(
+    gate_up: torch.Tensor,
+    activation: str,
+    gate_first: bool,
+    interleaved: bool,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """act(gate) up of a packed tensor in plain PyTorch."""
+    gate, up = halves(gate_up.to(compute_dtype(gate_up)), gate_first, interleaved)
+    return _new(gate_up, out_dtype, _plain(gate, up, activation))
+
+
+def packed_reference_bwd(
+    dy: torch.Tensor,
+    gate_up: torch.Tensor,
+    activation: str,
+    gate_first: bool,
+    interleaved: bool,
+    need_gate_up: bool,
+) -> torch.Tensor:
+    """d(gate_up), one buffer, in plain PyTorch."""
+    if not need_gate_up:
+        return absent(gate_up)
+    t = compute_dtype(gate_up)
+    gate, up = halves(gate_up.to(t), gate_first, interleaved)
+    return _pack(gate_up, _plain_grads(dy.to(t), gate, up, activation), gate_first, interleaved)
+
+
+def _pack(like: torch.Tensor, grads: _Pair, gate_first: bool, interleaved: bool) -> torch.Tensor:
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    for part, grad in zip(halves(out, gate_first, interleaved), grads, strict=True):
+        part.copy_(grad)
+    return out
+
+
+def clamped_reference_fwd(
+    gate: torch.Tensor, up: torch.Tensor, alpha: float, limit: float, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """The clamped form in plain PyTorch."""
+    check_pair(gate, up)
+    t = compute_dtype(gate)
+    return _new(gate, out_dtype, _clamped(gate.to(t), up.to(t), alpha, limit))
+
+
+def clamped_reference_bwd(
+    dy: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    alpha: float,
+    limit: float,
+    need_gate: bool,
+    need_up: bool,
+) -> _Pair:
+    """dgate and dup of the clamped form in plain PyTorch."""
+    t = compute_dtype(gate)
+    dgate, dup = _clamped_grads(dy.to(t), gate.to(t), up.to(t), alpha, limit)
+    return (
+        _new(gate, gate.dtype, dgate) if need_gate else absent(gate),
+        _new(up, up.dtype, dup) if need_up else absent(up),
+    )
+
+
+def clamped_packed_reference_fwd(
+    gate_up: torch.Tensor,
+    alpha: float,
+    limit: float,
+    gate_first: bool,
+    interleaved: bool,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """The clamped form of a packed tensor in plain PyTorch."""
+    gate, up = halves(gate_up.to(compute_dtype(gate_up)), gate_first, interleaved)
+    return _new(gate_up, out_dtype, _clamped(gate, up, alpha, limit))
+
+
+def clamped_packed_reference_bwd(
+    dy: torch.Tensor,
+    gate_up: torch.Tensor,
+    alpha: float,
+    limit: float,
+    gate_first: bool,
+    interleaved: bool,
+    need_gate_up: bool,
+) -> torch.Tensor:
+    """d(gate_up) of the clamped form, one buffer, in plain PyTorch."""
+    if not need_gate_up:
+        return absent(gate_up)
+    t = compute_dtype(gate_up)
+    gate, up = halves(gate_up.to(t), gate_first, interleaved)
+    return _pack(gate_up, _clamped_grads(dy.to(t), gate, up, alpha, limit), gate_first, interleaved)
+
+
+def _fake_pair_fwd(gate: torch.Tensor, up: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return torch.empty_like(gate, dtype=rest[-1], memory_format=torch.contiguous_format)
+
+
+def _fake_pair_bwd(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *rest: Any) -> _Pair:
+    need_gate, need_up = rest[-2:]
+    return (
+        torch.empty_like(gate, memory_format=torch.contiguous_format)
+        if need_gate
+        else absent(gate),
+        torch.empty_like(up, memory_format=torch.contiguous_format) if need_up else absent(up),
+    )
+
+
+def _fake_packed_fwd(gate_up: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2), dtype=rest[-1])
+
+
+def _fake_packed_bwd(dy: torch.Tensor, gate_up: torch.Tensor, *rest: Any) -> torch.Tensor:
+    if not rest[-1]:
+        return absent(gate_up)
+    return torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+
+
+def _save(inputs: dict[str, Any], outputs: tuple[torch.Tensor, ...]) -> Sequence[Any]:
+    return [value for name, value in inputs.items() if name != "out_dtype"]
+
+
+_LAYOUT = "bool gate_first, bool interleaved"
+
+OPS = (
+    OpSpec(
+        forward="glu(Tensor gate, Tensor up, str activation, ScalarType out_dtype) -> Tensor y",
+        backward="glu_backward(Tensor dy, Tensor gate, Tensor up, str activation, bool need_gate, "
+        "bool need_up) -> (Tensor dgate, Tensor dup)",
+        differentiable=("gate", "up"),
+        outputs=1,
+        save=_save,
+        reference=(glu_reference_fwd, glu_reference_bwd),
+        fake=(_fake_pair_fwd, _fake_pair_bwd),
+    ),
+    OpSpec(
+        forward=f"glu_packed(Tensor gate_up, str activation, {_LAYOUT}, ScalarType out_dtype) "
+        "-> Tensor y",
+        backward=f"glu_packed_backward(Tensor dy, Tensor gate_up, str activation, {_LAYOUT}, "
+        "bool need_gate_up) -> Tensor dgate_up",
+        differentiable=("gate_up",),
+        outputs=1,
+        save=_save,
+        reference=(packed_reference_fwd, packed_reference_bwd),
+        fake=(_fake_packed_fwd, _fake_packed_bwd),
+    ),
+    OpSpec(
+        forward="glu_clamped(Tensor gate, Tensor up, float alpha, float limit, "
+        "ScalarType out_dtype) -> Tensor y",
+        backward="glu_clamped_backward(Tensor dy, Tensor gate, Tensor up, float alpha, "
+        "float limit, bool need_gate, bool need_up) -> (Tensor dgate, Tensor dup)",
+        differentiable=("gate", "up"),
+        outputs=1,
+        save=_save,
+        reference=(clamped_reference_fwd, clamped_reference_bwd),
+        fake=(_fake_pair_fwd, _fake_pair_bwd),
+    ),
+    OpSpec(
+        forward=f"glu_clamped_packed(Tensor gate_up, float alpha, float limit, {_LAYOUT}, "
+        "ScalarType out_dtype) -> Tensor y",
+        backward="glu_clamped_packed_backward(Tensor dy, Tensor gate_up, float alpha, "
+        f"float limit, {_LAYOUT}, bool need_gate_up) -> Tensor dgate_up",
+        differentiable=("gate_up",),
+        outputs=1,
+        save=_save,
+        reference=(clamped_packed_reference_fwd, clamped_packed_reference_bwd),
+        fake=(_fake_packed_fwd, _fake_packed_bwd),
+    ),
+)

@@ -1,0 +1,27 @@
+"""The judge of the kernel tests: an error against float64 that must not exceed eager's."""
+
+from __future__ import annotations
+
+import torch
+
+
+def error(actual: torch.Tensor, oracle64: torch.Tensor) -> float:
+    """Root of the mean square error against the oracle; infinite where only one is NaN."""
+    a, o = actual.detach().double(), oracle64.detach().double()
+    if not torch.equal(a.isnan(), o.isnan()):
+        return float("inf")
+    difference = torch.where(a == o, 0.0, a - o)  # equal infinities differ by nothing
+    return float(difference.nan_to_num(nan=0.0).square().mean().sqrt()) if a.numel() else 0.0
+
+
+def assert_not_worse(
+    actual: torch.Tensor,
+    eager: torch.Tensor,
+    oracle64: torch.Tensor,
+    factor: float = 1.0,
+    what: str = "output",
+) -> None:
+    """Our error against float64 is at most ``factor`` times eager's."""
+    assert actual.shape == oracle64.shape, f"{what}: {actual.shape} is not {oracle64.shape}"
+    ours, theirs = error(actual, oracle64), error(eager, oracle64)
+    assert ours <= factor * theirs, f"{what}: our error {ours:.3e}, eager's {theirs:.3e}"
