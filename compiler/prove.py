@@ -189,14 +189,19 @@ def _concrete(size: Any, sizes: dict[Any, int]) -> Any:
 
 
 def _concrete_sizes(candidate: Candidate) -> dict[Any, int]:
-    """A small size for every symbol that the region's shapes mention."""
-    symbols: dict[Any, None] = {}
+    """A small size for every symbol that the region's shapes mention.
+
+    Symbols of equal size in the traced call stay equal: the graph may rely on it through a guard
+    (rows of logits and of labels) that no substitution shows.
+    """
+    hints: dict[Any, int] = {}
     for node in (*candidate.inputs.values(), *candidate.nodes):
         for size in _sizes_of(node):
-            for symbol in sorted(size.node.expr.free_symbols, key=str):
-                symbols.setdefault(symbol)
-    ordered = sorted(symbols, key=str)
-    return {s: _SIZES[i % len(_SIZES)] for i, s in enumerate(ordered)}
+            for symbol in size.node.expr.free_symbols:
+                hints.setdefault(symbol, int(size.node.shape_env.size_hint(symbol)))
+    distinct = sorted(set(hints.values()))
+    small = {hint: _SIZES[i % len(_SIZES)] for i, hint in enumerate(distinct)}
+    return {symbol: small[hint] for symbol, hint in hints.items()}
 
 
 def _sizes_of(node: fx.Node | None) -> list[torch.SymInt]:

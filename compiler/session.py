@@ -15,6 +15,7 @@ from torch import nn
 
 from fusewright.compiler.config import Options
 from fusewright.compiler.records import GraphRecord
+from fusewright.runtime.module import uninstall
 
 RECOMPILE_LIMIT = 64
 
@@ -92,6 +93,9 @@ class Session:
                 )
             else:
                 self.uncaptured.pop(self._running, None)
+                if self._ran.kind == "leaf" and not self._ran.matches:
+                    # Nothing to gain here: the original forward saves Dynamo's guards.
+                    uninstall(module)
             self._running = outer
 
     @contextmanager

@@ -11,6 +11,6 @@ from fusewright.kernels.spec import OpSpec
 
 def catalogue() -> tuple[OpSpec, ...]:
     """Every op of the package, in the order of registration."""
-    from fusewright.kernels import activations, glu, rms_norm
+    from fusewright.kernels import activations, glu, lora, rms_norm
 
-    return (*rms_norm.OPS, *activations.OPS, *glu.OPS)
+    return (*rms_norm.OPS, *activations.OPS, *glu.OPS, *lora.OPS)
