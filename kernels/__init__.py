@@ -11,6 +11,12 @@ from fusewright.kernels.spec import OpSpec
 
 def catalogue() -> tuple[OpSpec, ...]:
     """Every op of the package, in the order of registration."""
-    from fusewright.kernels import activations, glu, rms_norm
+    from fusewright.kernels import activations, cross_entropy, glu, linear_cross_entropy, rms_norm
 
-    return (*rms_norm.OPS, *activations.OPS, *glu.OPS)
+    return (
+        *rms_norm.OPS,
+        *activations.OPS,
+        *glu.OPS,
+        *cross_entropy.OPS,
+        *linear_cross_entropy.OPS,
+    )
