@@ -11,6 +11,14 @@ from fusewright.kernels.spec import OpSpec
 
 def catalogue() -> tuple[OpSpec, ...]:
     """Every op of the package, in the order of registration."""
-    from fusewright.kernels import activations, glu, lora, rms_norm
+    from fusewright.kernels import (
+        activations,
+        cross_entropy,
+        glu,
+        linear_cross_entropy,
+        lora,
+        rms_norm,
+    )
 
-    return (*rms_norm.OPS, *activations.OPS, *glu.OPS, *lora.OPS)
+    families = (rms_norm, activations, glu, lora, cross_entropy, linear_cross_entropy)
+    return tuple(spec for family in families for spec in family.OPS)

@@ -25,3 +25,25 @@ def assert_not_worse(
     assert actual.shape == oracle64.shape, f"{what}: {actual.shape} is not {oracle64.shape}"
     ours, theirs = error(actual, oracle64), error(eager, oracle64)
     assert ours <= factor * theirs, f"{what}: our error {ours:.3e}, eager's {theirs:.3e}"
+
+
+Results = tuple[torch.Tensor, ...]
+
+
+def assert_not_worse_pooled(
+    draws: list[tuple[Results, Results, Results]], names: tuple[str, ...], factor: float = 1.0
+) -> None:
+    """As ``assert_not_worse``, over several draws of (ours, eager's, oracle's) results.
+
+    One float32 scalar is right or wrong by luck; the root mean square over draws is not. Each error
+    is taken relative to its oracle's size.
+    """
+    for at, name in enumerate(names):
+        ours = theirs = 0.0
+        for mine, eager, oracle in draws:
+            assert mine[at].shape == oracle[at].shape, f"{name}: {mine[at].shape}"
+            size = max(error(oracle[at], torch.zeros_like(oracle[at])), 1e-300)
+            ours += (error(mine[at], oracle[at]) / size) ** 2
+            theirs += (error(eager[at], oracle[at]) / size) ** 2
+        ours, theirs = (ours / len(draws)) ** 0.5, (theirs / len(draws)) ** 0.5
+        assert ours <= factor * theirs, f"{name}: our error {ours:.3e}, eager's {theirs:.3e}"

@@ -1,0 +1,282 @@
+"""Cross-entropy of a linear head, without ever holding its logits.
+
+    logits = x W^T + b        loss = cross_entropy(logits, labels), as in ``cross_entropy``
+
+Shapes: x (T, H), weight (V, H), bias (V,) or absent, labels (T,), denominator () or absent, loss ().
+The rows of x are taken in chunks of at least 2048 (or all of them), a number that depends on the
+shapes only. Each chunk's logits live in one scratch buffer, which its d(logits) then overwrites.
+
+The gradients are computed in the forward, chunk by chunk, as if the upstream gradient were 1:
+    dx_chunk = D W        dW = sum over chunks of D^T x_chunk        db = column sums of D
+where D is d(logits) without its scalar weight, rounded once to x's dtype, as in eager. Nothing is
+computed for an input that needs no gradient, and with none of them only the loss. The backward is
+    d<input> = round(saved (dloss factor)),   factor = 1 / count, 1 / denominator or 1 (and see below)
+into a new tensor, so it can run twice.
+
+Where it rounds: logits and D in x's dtype, exactly where eager's autograd rounds them; dx and dW
+are accumulated and saved in float32 and rounded once, after the upstream scalar. Were they saved
+in x's dtype, an upstream that is not a power of two would round them a second time and the error
+would exceed eager's. The cost is memory: 4 bytes an element of x, and of the weight if it is
+trained, from the forward to the backward (for the weight this is the accumulator, which has to
+exist in float32 anyway; a frozen head costs nothing).
+D is multiplied by a constant that factor takes out again: one that brings a label's entry near -1,
+where rounding errs least; and in float16 by 2^14 more, because unlike eager's upstream ours does not
+hold the loss scale, and probabilities below 2^-24 would vanish.
+
+Rows whose label is ignored have D = 0; their part of the GEMMs is still computed, because to drop
+them the host would have to know how many there are, which is a synchronisation.
+
+Saved: dx, dW, db and factor (float64). x and the weight are not saved.
+Traffic: three GEMMs; per chunk D costs two reads and one write of the logits, mostly from cache.
+Source: the chunked forward-computed gradient is M. Wijmans et al., "Cut Your Losses in
+Large-Vocabulary Language Models", 2024, and P. Hsu et al., "Liger Kernel", 2024.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fusewright.kernels.cross_entropy import (
+    LossForm,
+    check_loss,
+    check_range,
+    row_grad,
+    row_loss,
+)
+from fusewright.kernels.reduce import absent, compute_dtype
+from fusewright.kernels.spec import OpSpec
+
+_MIN_ROWS = 2048
+_TILE = 128
+_SCRATCH_BYTES = 512 * 2**20
+
+_Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def chunk_rows(rows: int, vocab: int, itemsize: int) -> int:
+    """Rows of a chunk: all equal, at least 2048, the logits of one about 512 MiB or less."""
+    fits = max(_MIN_ROWS, _SCRATCH_BYTES // max(vocab * itemsize, 1))
+    if rows <= fits:
+        return max(rows, 1)
+    # The fewest chunks, of equal size up to a GEMM tile; rounding up never reaches below 2048.
+    even = math.ceil(rows / math.ceil(rows / fits))
+    return max(_MIN_ROWS, math.ceil(even / _TILE) * _TILE)
+
+
+def gradient_unit(dtype: torch.dtype, form: LossForm) -> float:
+    """By what D is multiplied while it is in ``dtype``, so that a label's entry is about -1.
+
+    Just below a power of two a number is rounded with the smallest relative error there is. In
+    float16 it is -2^14 instead, so that small entries do not vanish; a factor of 4 is left to
+    float16's largest number, for z-loss.
+    """
+    size = (1.0 - form.label_smoothing) * abs(form.scale)
+    return (2.0**14 if dtype is torch.float16 else 1.0) / (size if size > 0 else 1.0)
+
+
+def check_inputs(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    denominator: torch.Tensor | None,
+    reduction: str,
+) -> None:
+    """Refuse inputs that do not fit, naming the argument, what was expected and what was got."""
+    if x.dim() != 2:
+        raise ValueError(f"x: expected shape (T, H), got {tuple(x.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"weight: expected shape (V, {x.shape[1]}), got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a float dtype, got {x.dtype}")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {t.dtype}")
+    if denominator is not None and denominator.numel() != 1:
+        raise ValueError(f"denominator: expected one number, got {tuple(denominator.shape)}")
+    for name, t in (("weight", weight), ("bias", bias), ("labels", labels),
+                    ("denominator", denominator)):  # fmt: skip
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device}, got {t.device}")
+    check_loss(x.shape[0], weight.shape[0], labels, reduction)
+    if reduction == "none":
+        raise ValueError("reduction: expected mean or sum (the gradient is taken before the "
+                         "upstream gradient is known), got none")  # fmt: skip
+    if denominator is not None and reduction != "sum":
+        raise ValueError(f"denominator: expected reduction sum beside it, got {reduction}")
+
+
+def normaliser(
+    labels: torch.Tensor, denominator: torch.Tensor | None, ignore_index: int, reduction: str
+) -> torch.Tensor | None:
+    """What the sum over rows is divided by, 0-dim float64, or None for 1."""
+    if denominator is not None:
+        return denominator.reshape(()).double()
+    return (labels != ignore_index).sum().double() if reduction == "mean" else None
+
+
+def matmul_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b with the product left in float32 (float64) instead of rounded to the operands' dtype."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def reference_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    denominator: torch.Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    softcap: float,
+    scale: float,
+    z_loss: float,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> _Results:
+    """loss, dx, dweight, dbias and factor in plain PyTorch; see the module's header."""
+    check_inputs(x, weight, bias, labels, denominator, reduction)
+    check_range(labels, ignore_index, weight.shape[0])
+    form = LossForm(ignore_index, label_smoothing, softcap, scale, z_loss)
+    wide = compute_dtype(x)
+    dx = torch.empty(x.shape, dtype=wide, device=x.device) if need_x else absent(x)
+    dw = torch.zeros(weight.shape, dtype=wide, device=x.device) if need_weight else absent(x)
+    need_bias = need_bias and bias is not None
+    db = x.new_zeros(weight.shape[0], dtype=wide) if need_bias else absent(x)
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    up = gradient_unit(x.dtype, form)
+    unit = torch.full((), up, dtype=wide, device=x.device)
+    step = chunk_rows(x.shape[0], weight.shape[0], x.element_size())
+    for start in range(0, x.shape[0], step):
+        rows = slice(start, start + step)
+        logits = torch.nn.functional.linear(x[rows], weight, bias)
+        losses, lse = row_loss(logits, labels[rows], form)
+        total += losses.sum()
+        if not (need_x or need_weight or need_bias):
+            continue
+        d = row_grad(logits, labels[rows], lse, unit, form).to(x.dtype)
+        if need_x:
+            dx[rows] = matmul_wide(d, weight)
+        if need_weight:
+            dw += matmul_wide(d.t(), x[rows])
+        if need_bias:
+            db += d.sum(0, dtype=wide)
+    divisor = normaliser(labels, denominator, ignore_index, reduction)
+    loss, factor = finish(total, divisor, up, reduction)
+    return loss.to(wide), dx, dw, db, factor
+
+
+def finish(
+    total: torch.Tensor, divisor: torch.Tensor | None, up: float, reduction: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and in ``factor`` what the saved gradients still lack; both 0-dim float64."""
+    factor = torch.full_like(total, 1.0 / up)
+    if divisor is None:
+        return total, factor
+    factor = factor / divisor
+    if reduction == "mean":
+        # Where no row counts the loss is NaN but every D is 0, and so is eager's gradient.
+        factor = torch.where(divisor == 0, 0.0, factor)
+    return total / divisor, factor
+
+
+def reference_bwd(
+    dloss: torch.Tensor,
+    dx: torch.Tensor,
+    dweight: torch.Tensor,
+    dbias: torch.Tensor,
+    factor: torch.Tensor,
+    dtype: torch.dtype,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The saved gradients times the upstream scalar, rounded once into new tensors."""
+    weight = dloss.double() * factor
+    x, w, b = (
+        _scaled(saved, weight, dtype) if need else absent(dloss)
+        for saved, need in ((dx, need_x), (dweight, need_weight), (dbias, need_bias))
+    )
+    return x, w, b
+
+
+def _scaled(saved: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    out = torch.empty(saved.shape, dtype=dtype, device=saved.device)
+    return torch.mul(saved, weight.to(saved.dtype), out=out)
+
+
+def _fake_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    denominator: torch.Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    *rest: Any,
+) -> _Results:
+    check_inputs(x, weight, bias, labels, denominator, reduction)
+    need_x, need_weight, need_bias = rest[-3:]
+    wide = compute_dtype(x)
+    return (
+        x.new_empty((), dtype=wide),
+        torch.empty_like(x, dtype=wide, memory_format=torch.contiguous_format)
+        if need_x
+        else absent(x),
+        torch.empty_like(weight, dtype=wide, memory_format=torch.contiguous_format)
+        if need_weight
+        else absent(x),
+        torch.empty_like(bias, dtype=wide) if need_bias and bias is not None else absent(x),
+        x.new_empty((), dtype=torch.float64),
+    )
+
+
+def _fake_bwd(
+    dloss: torch.Tensor,
+    dx: torch.Tensor,
+    dweight: torch.Tensor,
+    dbias: torch.Tensor,
+    factor: torch.Tensor,
+    dtype: torch.dtype,
+    *needs: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, w, b = (
+        torch.empty_like(t, dtype=dtype) if need else absent(dloss)
+        for t, need in zip((dx, dweight, dbias), needs, strict=True)
+    )
+    return x, w, b
+
+
+def _save(inputs: dict[str, Any], outputs: tuple[torch.Tensor, ...]) -> Sequence[Any]:
+    return *outputs[1:], inputs["x"].dtype
+
+
+OPS = (
+    OpSpec(
+        forward="linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor labels, "
+        "Tensor? denominator, int ignore_index, str reduction, float label_smoothing, "
+        "float softcap, float scale, float z_loss) "
+        "-> (Tensor loss, Tensor dx, Tensor dweight, Tensor dbias, Tensor factor)",
+        backward="linear_cross_entropy_backward(Tensor dloss, Tensor dx, Tensor dweight, "
+        "Tensor dbias, Tensor factor, ScalarType dtype, bool need_x, bool need_weight, "
+        "bool need_bias) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+        differentiable=("x", "weight", "bias"),
+        outputs=1,
+        save=_save,
+        reference=(reference_fwd, reference_bwd),
+        fake=(_fake_fwd, _fake_bwd),
+        forward_needs=True,
+    ),
+)

@@ -1,0 +1,197 @@
+"""Cross-entropy: derivation, torch's semantics, adversarial rows, precision."""
+
+from __future__ import annotations
+
+import mpmath
+import pytest
+import sympy as sp
+import torch
+import torch.nn.functional as F
+from numerics import assert_not_worse_pooled
+
+from fusewright.kernels import cross_entropy as family
+from fusewright.runtime.op import register_all
+
+register_all()
+OP = torch.ops.fusewright.cross_entropy
+IGNORE = -100
+PLAIN = (0.0, 0.0, 1.0, 0.0)  # label smoothing, softcap, scale, z-loss
+FORMS = [PLAIN, (0.1, 0.0, 1.0, 0.0), (0.0, 5.0, 0.7, 0.0), (0.1, 5.0, 0.7, 0.01)]
+
+
+def eager(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    reduction: str,
+    form: tuple[float, float, float, float] = PLAIN,
+) -> torch.Tensor:
+    """What a model's code does: float32, then F.cross_entropy."""
+    smoothing, cap, scale, z_loss = form
+    z = (logits if logits.dtype is torch.float64 else logits.float()) * scale
+    if cap > 0:
+        z = cap * torch.tanh(z / cap)
+    loss = F.cross_entropy(z, labels, reduction=reduction, label_smoothing=smoothing)
+    if z_loss > 0:
+        counts = labels != IGNORE
+        extra = z_loss * torch.logsumexp(z, -1).square() * counts
+        if reduction == "none":
+            return loss + extra
+        loss = loss + extra.sum() / (counts.sum() if reduction == "mean" else 1)
+    return loss
+
+
+def some_labels(rows: int, vocab: int) -> torch.Tensor:
+    labels = torch.randint(0, vocab, (rows,))
+    labels[::3] = IGNORE
+    return labels
+
+
+def test_gradient_is_sympys() -> None:
+    """Every symbol of the header's derivation, over three classes with the label first."""
+    logits = sp.symbols("l0:3", real=True)
+    scale, cap, e, k = sp.symbols("scale c e k", positive=True)
+    z = [cap * sp.tanh(scale * a / cap) for a in logits]
+    lse = sp.log(sum(sp.exp(v) for v in z))
+    loss = (1 - e) * (lse - z[0]) + e * sum(lse - v for v in z) / 3 + k * lse**2
+    point = [mpmath.mpf(v) for v in ("0.3", "-1.1", "0.7", "0.7", "2.5", "0.1", "0.2")]
+    with mpmath.workdps(40):
+        for j in range(3):
+            p = sp.exp(z[j] - lse)
+            label = 1 - e if j == 0 else 0
+            derived = (p * (1 + 2 * k * lse) - e / 3 - label) * scale * (1 - (z[j] / cap) ** 2)
+            both = sp.lambdify(
+                (*logits, scale, cap, e, k), [sp.diff(loss, logits[j]), derived], "mpmath", cse=True
+            )
+            true, ours = both(*point)
+            assert abs(true - ours) < 1e-30 < 1e-3 < abs(true + ours)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("reduction", family.REDUCTIONS)
+def test_value_and_gradcheck(reduction: str, form: tuple[float, ...]) -> None:
+    labels = some_labels(7, 11)
+    logits = torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
+    ours = OP(logits, labels, IGNORE, reduction, *form)[0]
+    torch.testing.assert_close(ours, eager(logits, labels, reduction, form))
+    assert torch.autograd.gradcheck(lambda t: OP(t, labels, IGNORE, reduction, *form)[0], (logits,))
+
+
+def test_a_wrong_sign_fails_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = family.row_grad
+    monkeypatch.setattr(family, "row_grad", lambda *a: -right(*a))
+    logits = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="Jacobian mismatch"):
+        torch.autograd.gradcheck(
+            lambda t: OP(t, torch.tensor([1, 2, 0]), IGNORE, "mean", *PLAIN)[0], (logits,)
+        )
+
+
+def three_ways(logits: torch.Tensor, labels: torch.Tensor, form: tuple, reduction: str) -> tuple:
+    """(loss, dlogits) by our op, by eager, and by eager in float64."""
+    results: list[tuple[torch.Tensor, ...]] = []
+    dloss = None
+    for t, f in (
+        (logits, lambda t: OP(t, labels, IGNORE, reduction, *form)[0]),
+        (logits, lambda t: eager(t, labels, reduction, form)),
+        (logits.double(), lambda t: eager(t, labels, reduction, form)),
+    ):
+        leaf = t.clone().requires_grad_()
+        loss = f(leaf)
+        dloss = torch.randn_like(loss) if dloss is None else dloss
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf, dloss.to(loss.dtype))))
+    return tuple(results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("reduction", family.REDUCTIONS)
+def test_error_is_not_above_eagers(
+    reduction: str, form: tuple[float, ...], dtype: torch.dtype
+) -> None:
+    draws = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        rows = 37 + 5 * seed
+        logits = (torch.randn(rows, 1013) * 3).to(dtype)
+        draws.append(three_ways(logits, some_labels(rows, 1013), form, reduction))
+    assert_not_worse_pooled(draws, ("loss", "dlogits"), 1.02)
+
+
+def adversarial(case: str, rows: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.randint(0, vocab, (rows,))
+    logits = torch.randn(rows, vocab) * 2
+    if case == "certain":  # the label's probability goes to 1
+        logits[torch.arange(rows), labels] = torch.linspace(8.0, 60.0, rows)
+    elif case == "huge":
+        logits *= 1e4
+    elif case == "offset":
+        logits += 1000.0
+    elif case == "zero":
+        logits.zero_()
+    elif case == "masked":
+        logits[:, ::2] = -float("inf")
+        labels = (labels // 2 * 2 + 1).clamp(max=vocab - 2)
+    return logits, labels
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("case", ["certain", "huge", "offset", "zero", "masked", "one row"])
+def test_adversarial_rows(case: str, dtype: torch.dtype) -> None:
+    draws = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        logits, labels = adversarial(case, 1 if case == "one row" else 16, 257)
+        draws.append(three_ways(logits.to(dtype), labels, PLAIN, "mean"))
+    assert_not_worse_pooled(draws, ("loss", "dlogits"), 1.02)
+
+
+def test_all_ignored_is_nan_with_gradient_zero() -> None:
+    logits = torch.randn(4, 5, requires_grad=True)
+    labels = torch.full((4,), IGNORE)
+    for reduction in family.REDUCTIONS:
+        ours = OP(logits, labels, IGNORE, reduction, *PLAIN)[0]
+        expected = eager(logits, labels, reduction)
+        torch.testing.assert_close(ours, expected, equal_nan=True)
+        (d,) = torch.autograd.grad(ours.sum(), logits)
+        assert torch.equal(d, torch.zeros(4, 5))
+
+
+def test_strided_rows_int32_labels_and_another_ignore_index() -> None:
+    wide = torch.randn(9, 40, dtype=torch.bfloat16)
+    labels = torch.randint(1, 17, (18,), dtype=torch.int32)[::2]
+    labels[3] = 0
+    view = wide[:, 5:22].requires_grad_()
+    loss = OP(view, labels, 0, "mean", *PLAIN)[0]
+    expected = F.cross_entropy(view.float(), labels.long(), ignore_index=0)
+    torch.testing.assert_close(loss, expected)
+    (d,) = torch.autograd.grad(loss, view, retain_graph=True)
+    assert torch.equal(d, torch.autograd.grad(loss, view)[0])
+    assert d.is_contiguous() and not bool(d[3].any())
+
+
+def test_no_rows() -> None:
+    logits, labels = torch.randn(0, 5, requires_grad=True), torch.zeros(0, dtype=torch.long)
+    for reduction in family.REDUCTIONS:
+        loss = OP(logits, labels, IGNORE, reduction, *PLAIN)[0]
+        torch.testing.assert_close(loss, eager(logits, labels, reduction), equal_nan=True)
+        assert torch.autograd.grad(loss.sum(), logits)[0].shape == (0, 5)
+
+
+def test_bad_input_is_named() -> None:
+    logits, labels = torch.randn(3, 5), torch.tensor([0, 1, 2])
+
+    def call(a: torch.Tensor, b: torch.Tensor, reduction: str = "mean") -> None:
+        OP(a, b, IGNORE, reduction, *PLAIN)
+
+    with pytest.raises(IndexError, match=r"labels: expected -100 or 0 <= label < 5, got 5"):
+        call(logits, torch.tensor([0, 5, 2]))
+    with pytest.raises(IndexError, match="got -1"):
+        call(logits, torch.tensor([0, -1, 2]))
+    with pytest.raises(ValueError, match=r"labels: expected shape \(3,\), got \(2,\)"):
+        call(logits, labels[:2])
+    with pytest.raises(TypeError, match="labels: expected int64 or int32, got torch.float32"):
+        call(logits, labels.float())
+    with pytest.raises(ValueError, match="reduction: expected one of .*got 'max'"):
+        call(logits, labels, "max")
+    with pytest.raises(ValueError, match=r"logits: expected shape \(T, V\)"):
+        call(logits[0], labels)
