@@ -18,7 +18,7 @@ from torch import fx, nn
 from fusewright.compiler import pipeline
 from fusewright.compiler.records import Binding
 from fusewright.compiler.regions import Regions
-from fusewright.compiler.session import Session, wants_compiled
+from fusewright.compiler.session import Session, mark_rows, wants_compiled
 from fusewright.runtime import module as modules
 
 
@@ -89,7 +89,7 @@ def _region_forward(cls: type[nn.Module], backend: Backend, session: Session) ->
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if wants_compiled(self, session):
-            return session.call(self, compiled, args, kwargs)
+            return session.call(backend.kind, self, compiled, args, kwargs)
         return inner(self, *args, **kwargs)
 
     return forward
@@ -110,7 +110,10 @@ def _spine_forward(cls: type[nn.Module], backend: Backend, session: Session) -> 
                 with session.bypassed():
                     return inner(self, *args, **kwargs)
             kwargs["use_cache"] = False
-        return inner(self, *args, **kwargs)
+        out = inner(self, *args, **kwargs)
+        if self.training and not isinstance(out, torch.Tensor):
+            mark_rows(out.values() if isinstance(out, dict) else out)
+        return out
 
     return forward
 
@@ -129,7 +132,8 @@ def _head_forward(cls: type[nn.Module], backend: Backend, session: Session) -> A
         if training and has_cache and not _cache_forced(kwargs):
             kwargs["use_cache"] = False
         if training and kwargs.get("labels") is not None:
-            return session.call(self, compiled, args, kwargs)
+            mark_rows((kwargs["labels"],))
+            return session.call("head", self, compiled, args, kwargs)
         return inner(self, *args, **kwargs)
 
     return forward

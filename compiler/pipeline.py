@@ -73,7 +73,7 @@ def _compile(
     with _timed(record, "lower"):
         run = lower.lower(rewritten, example_inputs, how, device)
         record.lowering = how
-    if session.options.verify == "first_step" and deferred is None:
+    if session.options.verify == "first_step":
         run = _verified(run, canonical, rewritten, record, session, device)
     run = run if deferred is None else lazy.attach(run, deferred)
     writer.done()

@@ -20,28 +20,42 @@ from fusewright.runtime.module import uninstall
 RECOMPILE_LIMIT = 64
 
 
-def dynamo_settings() -> Callable[[], Callable[[], None]]:
+def dynamo_settings(kind: str) -> Callable[[], Callable[[], None]]:
     """A function that applies our Dynamo settings and returns the one that takes them back.
 
-    Sizes are symbolic from the start, floats (eps, scales) stay literals, a region may have
-    RECOMPILE_LIMIT variants, and a logger's call does not break the graph. Applied around each call
-    of a compiled region only, since Dynamo reads them when it compiles.
+    Applied around each call of a compiled region only, since Dynamo reads them when it compiles. A
+    region may have RECOMPILE_LIMIT variants; a logger's call does not break the graph; floats (eps,
+    scales) stay literals. In blocks tensor sizes are symbolic from the start and integers literal.
+    The head reads integers that change from step to step (a number of items): there Dynamo finds
+    out what is dynamic, and :func:`mark_rows` tells it about rows.
     """
     import logging
 
     from torch._dynamo import config
 
-    loggers = set(config.ignore_logging_functions)
-    loggers |= {logging.Logger.warning, logging.Logger.info}
     once = getattr(logging.Logger, "warning_once", None)
-    patcher: Callable[[], Callable[[], None]] = config._make_closure_patcher(
-        assume_static_by_default=False,
-        specialize_float=True,
-        recompile_limit=RECOMPILE_LIMIT,
-        accumulated_recompile_limit=64 * RECOMPILE_LIMIT,
-        ignore_logging_functions=loggers | ({once} if once else set()),
-    )
+    loggers = {logging.Logger.warning, logging.Logger.info} | ({once} if once else set())
+    ignored = "ignore_logging_functions"
+    if not hasattr(config, ignored):
+        ignored = "ignore_logger_methods"
+    changes: dict[str, Any] = {
+        "specialize_float": True,
+        "recompile_limit": RECOMPILE_LIMIT,
+        "accumulated_recompile_limit": 64 * RECOMPILE_LIMIT,
+        ignored: set(getattr(config, ignored)) | loggers,
+    }
+    if kind != "head":
+        changes |= {"assume_static_by_default": False, "specialize_int": True}
+    patcher: Callable[[], Callable[[], None]] = config._make_closure_patcher(**changes)
     return patcher
+
+
+def mark_rows(values: Any) -> None:
+    """Tell Dynamo that the leading dimensions of these tensors vary, unless they are of size 1."""
+    for value in values:
+        if type(value) is torch.Tensor and value.dim() > 0:
+            rows = value.dim() - (1 if value.is_floating_point() else 0)
+            torch._dynamo.maybe_mark_dynamic(value, list(range(rows)))
 
 
 class Session:
@@ -55,7 +69,7 @@ class Session:
         self.uncaptured: dict[str, str] = {}
         self.notes: list[str] = []
         self.bypass = False
-        self.settings = dynamo_settings()
+        self.settings = {kind: dynamo_settings(kind) for kind in ("block", "leaf", "head")}
         self._running = ""
         self._ran: GraphRecord | None = None
         self._pending: list[GraphRecord] = []
@@ -76,11 +90,11 @@ class Session:
             self.current[self._running] = record
 
     def call(
-        self, module: nn.Module, compiled: Callable[..., Any], args: Any, kwargs: Any
+        self, kind: str, module: nn.Module, compiled: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         """Run a compiled region for ``module`` under our Dynamo settings and note which graph ran."""
         outer, self._running, self._ran = self._running, self.paths.get(module, "?"), None
-        revert = self.settings()
+        revert = self.settings[kind]()
         try:
             return compiled(module, *args, **kwargs)
         finally:

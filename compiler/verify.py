@@ -64,17 +64,18 @@ def verify(canonical: fx.GraphModule, rewritten: fx.GraphModule, args: Sequence[
     """Whether the rewritten graph is at least as exact as the captured one, on real inputs."""
     try:
         cut = _cut(canonical, args)
-        exact = _errors_free(_Float64(canonical), cut, torch.float64)
+        kept = _kept(canonical, rewritten)
+        exact = _run(_Float64(canonical), cut, torch.float64, kept)
     except NotVerifiable as reason:
         return Verdict(reason=str(reason))
     except (RuntimeError, TypeError, NotImplementedError, KeyError) as error:
         return Verdict(reason=f"the region does not run in float64: {_brief(error)}")
     try:
-        eager = _errors_free(_Quiet(canonical), cut, None)
+        eager = _run(_Quiet(canonical), cut, None, kept)
     except (RuntimeError, TypeError, KeyError) as error:
         return Verdict(reason=f"the region does not run on cut inputs: {_brief(error)}")
     try:
-        ours = _errors_free(_Quiet(rewritten), cut, None)
+        ours = _run(_Quiet(rewritten), cut, None, kept)
     except (RuntimeError, TypeError, KeyError, ValueError) as error:
         return Verdict(status="reverted", reason=f"the rewritten region failed: {_brief(error)}")
     return _judge(exact, eager, ours)
@@ -123,8 +124,18 @@ def _size(symbolic: torch.SymInt, sizes: dict[Any, int]) -> int:
     return int(found)
 
 
-def _errors_free(
-    runner: fx.Interpreter, cut: list[tuple[Any, bool]], dtype: torch.dtype | None
+def _kept(canonical: fx.GraphModule, rewritten: fx.GraphModule) -> list[int]:
+    """Places of the outputs that both graphs give; a deferred one is None in the rewritten."""
+    before, after = (_flat(g.graph.output_node().args) for g in (canonical, rewritten))
+    pairs = enumerate(zip(before, after, strict=False))
+    return [i for i, (a, b) in pairs if a is not None and b is not None]
+
+
+def _run(
+    runner: fx.Interpreter,
+    cut: list[tuple[Any, bool]],
+    dtype: torch.dtype | None,
+    kept: list[int],
 ) -> list[torch.Tensor | None]:
     """Outputs, then gradients of the inputs that want one, for one fixed cotangent."""
     leaves: list[Any] = []
@@ -137,7 +148,8 @@ def _errors_free(
         leaves.append(value)
     devices = [v.device for v in leaves if isinstance(v, torch.Tensor) and v.is_cuda]
     with torch.random.fork_rng(devices=sorted({d.index for d in devices})), torch.enable_grad():
-        results = [r for r in _flat(runner.run(*leaves)) if isinstance(r, torch.Tensor)]
+        outputs = _flat(runner.run(*leaves))
+    results = [outputs[i] for i in kept if isinstance(outputs[i], torch.Tensor)]
     floats = [r for r in results if r.requires_grad]
     wanted = [v for (_, w), v in zip(cut, leaves, strict=True) if w]
     generator = torch.Generator().manual_seed(3)

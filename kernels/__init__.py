@@ -18,7 +18,8 @@ def catalogue() -> tuple[OpSpec, ...]:
         linear_cross_entropy,
         lora,
         rms_norm,
+        rope,
     )
 
-    families = (rms_norm, activations, glu, lora, cross_entropy, linear_cross_entropy)
+    families = (rms_norm, rope, activations, glu, lora, cross_entropy, linear_cross_entropy)
     return tuple(spec for family in families for spec in family.OPS)
