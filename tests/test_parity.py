@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import models
-import numerics
 import pytest
 import torch
+import training
 
 import fusewright
 
@@ -46,24 +46,24 @@ class Pair:
 
     def assert_same(self, batch: dict[str, torch.Tensor], what: str, seed: int = 0) -> None:
         """Within 1e-5 of eager."""
-        ours = numerics.train_step(self.ours, batch, seed=seed)
-        eager = numerics.train_step(self.eager, batch, seed=seed)
-        numerics.assert_same_step(ours, eager, what=what)
+        ours = training.train_step(self.ours, batch, seed=seed)
+        eager = training.train_step(self.eager, batch, seed=seed)
+        training.assert_same_step(ours, eager, what=what)
 
     def exactness(
         self, around: Callable[[], AbstractContextManager[Any]] = nullcontext
-    ) -> numerics.Exactness:
+    ) -> training.Exactness:
         """Ours and eager's error against float64 over all seeds."""
-        return numerics.exactness(self._steps(around))
+        return training.exactness(self._steps(around))
 
     def _steps(self, around: Callable[[], AbstractContextManager[Any]]) -> Iterator[Any]:
         for seed in SEEDS:
             self.reseed(seed)
             batch = models.batch(seed)
             yield (
-                numerics.train_step(self.ours, batch, seed=seed, around=around),
-                numerics.train_step(self.eager, batch, seed=seed, around=around),
-                numerics.oracle_step(self.eager, batch, seed=seed),
+                training.train_step(self.ours, batch, seed=seed, around=around),
+                training.train_step(self.eager, batch, seed=seed, around=around),
+                training.oracle_step(self.eager, batch, seed=seed),
             )
 
     def graphs(self) -> Counter[tuple[str, str]]:
@@ -162,14 +162,14 @@ def test_bfloat16(name: str) -> None:
     pair = Pair.make(
         lambda seed: models.build(name, seed=seed, dtype=torch.bfloat16, every_expert=True)
     )
-    numerics.assert_model_not_worse(pair.exactness(), f"{name} bf16")
+    training.assert_model_not_worse(pair.exactness(), f"{name} bf16")
     if name in models.FIRED:
         assert fusewright.report(pair.ours).counts == models.expected_counts(name)
 
 
 def test_autocast(name: str) -> None:
     pair = Pair.make(lambda seed: models.build(name, seed=seed, every_expert=True))
-    numerics.assert_model_not_worse(pair.exactness(_autocast), f"{name} autocast")
+    training.assert_model_not_worse(pair.exactness(_autocast), f"{name} autocast")
 
 
 def _adapters(name: str) -> list[Any]:
@@ -193,7 +193,7 @@ def test_lora_bfloat16(which: str, dtype: torch.dtype, dropout: float) -> None:
         return models.with_lora(base, dtype, dropout)
 
     pair = Pair.make(build)
-    numerics.assert_model_not_worse(pair.exactness(), f"{which} LoRA {dtype} dropout {dropout}")
+    training.assert_model_not_worse(pair.exactness(), f"{which} LoRA {dtype} dropout {dropout}")
     counts = fusewright.report(pair.ours).counts
     if which in models.FIRED:
         assert counts.items() >= models.expected_counts(which).items()
@@ -232,5 +232,5 @@ def test_inductor_bfloat16() -> None:
         return models.with_lora(models.build("gemma2", seed=seed, dtype=torch.bfloat16))
 
     pair = Pair.make(build, lowering="inductor")
-    numerics.assert_model_not_worse(pair.exactness(), "gemma2 bf16 LoRA through Inductor")
+    training.assert_model_not_worse(pair.exactness(), "gemma2 bf16 LoRA through Inductor")
     assert fusewright.report(pair.ours).counts.items() >= models.expected_counts("gemma2").items()
