@@ -132,7 +132,6 @@ def _head_forward(cls: type[nn.Module], backend: Backend, session: Session) -> A
         if training and has_cache and not _cache_forced(kwargs):
             kwargs["use_cache"] = False
         if training and kwargs.get("labels") is not None:
-            mark_rows((kwargs["labels"],))
             return session.call("head", self, compiled, args, kwargs)
         return inner(self, *args, **kwargs)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._higher_order_ops.utils import autograd_not_implemented  # noqa: F401  (loads the HOPs)
 from torch._ops import HigherOrderOperator
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
@@ -94,12 +93,13 @@ def _impure(node: fx.Node) -> bool:
 
 
 def _drop_identities(graph: fx.Graph) -> None:
-    """Remove casts to the same dtype and slices of everything, where the metadata proves it."""
+    """Remove aliases, casts to the same dtype and slices of everything, as the metadata proves."""
     for node in list(ir.calls(graph)):
         source = node.args[0] if node.args else None
         if not ir.is_tensor(source):
             continue
         same = node.target in ir.CASTS and _same_tensor(node, source)
+        same = same or node.target is aten.alias.default
         if same or _slices_all(node):
             node.replace_all_uses_with(source)
             graph.erase_node(node)

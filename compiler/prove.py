@@ -79,18 +79,27 @@ def prove(candidate: Candidate) -> Proof:
         node = candidate.inputs[role]
         if node is not None and ir.value(node).requires_grad:
             raise Disproved(f"{role} needs a gradient, and the kernel gives none")
+    failures = (RuntimeError, TypeError, ValueError, IndexError, KeyError)
+    hints = _hints(candidate)
     try:
-        sizes = _concrete_sizes(candidate)
-        worst_y = worst_g = 0.0
-        for rounding in (False, True):
-            for scale in _SCALES if candidate.scaled and not rounding else (1.0,):
-                drawn = _draw(candidate, sizes, scale, rounding)
-                y, g = _compare(candidate, drawn, sizes, rounding, scale)
-                worst_y, worst_g = max(worst_y, y), max(worst_g, g)
+        return _prove_at(candidate, _small(hints))
     except Disproved:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
-        raise Disproved(f"could not be evaluated: {type(error).__name__}: {error}") from error
+    except failures:
+        # A region may rely on a relation between sizes that small ones break: use the traced ones.
+        try:
+            return _prove_at(candidate, hints)
+        except failures as error:
+            raise Disproved(f"could not be evaluated: {type(error).__name__}: {error}") from error
+
+
+def _prove_at(candidate: Candidate, sizes: dict[Any, int]) -> Proof:
+    worst_y = worst_g = 0.0
+    for rounding in (False, True):
+        for scale in _SCALES if candidate.scaled and not rounding else (1.0,):
+            drawn = _draw(candidate, sizes, scale, rounding)
+            y, g = _compare(candidate, drawn, sizes, rounding, scale)
+            worst_y, worst_g = max(worst_y, y), max(worst_g, g)
     return Proof(worst_y, worst_g)
 
 
@@ -188,17 +197,22 @@ def _concrete(size: Any, sizes: dict[Any, int]) -> Any:
     return int(size.node.expr.subs(sizes))
 
 
-def _concrete_sizes(candidate: Candidate) -> dict[Any, int]:
-    """A small size for every symbol that the region's shapes mention.
-
-    Symbols of equal size in the traced call stay equal: the graph may rely on it through a guard
-    (rows of logits and of labels) that no substitution shows.
-    """
+def _hints(candidate: Candidate) -> dict[Any, int]:
+    """The traced size of every symbol that the region's shapes mention."""
     hints: dict[Any, int] = {}
     for node in (*candidate.inputs.values(), *candidate.nodes):
         for size in _sizes_of(node):
             for symbol in size.node.expr.free_symbols:
                 hints.setdefault(symbol, _hint(size, symbol))
+    return hints
+
+
+def _small(hints: dict[Any, int]) -> dict[Any, int]:
+    """A small size for every symbol; symbols of equal traced size stay equal.
+
+    The graph may rely on an equality through a guard (rows of logits and of labels) that no
+    substitution shows.
+    """
     distinct = sorted(set(hints.values()))
     small = {hint: _SIZES[i % len(_SIZES)] for i, hint in enumerate(distinct)}
     return {symbol: small[hint] for symbol, hint in hints.items()}

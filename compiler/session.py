@@ -25,9 +25,9 @@ def dynamo_settings(kind: str) -> Callable[[], Callable[[], None]]:
 
     Applied around each call of a compiled region only, since Dynamo reads them when it compiles. A
     region may have RECOMPILE_LIMIT variants; a logger's call does not break the graph; floats (eps,
-    scales) stay literals. In blocks tensor sizes are symbolic from the start and integers literal.
-    The head reads integers that change from step to step (a number of items): there Dynamo finds
-    out what is dynamic, and :func:`mark_rows` tells it about rows.
+    scales) stay literals. Rows of tensors are symbolic from the start (:func:`mark_rows`) and
+    feature widths literal. Integers are literal in blocks; the head reads ones that change from step
+    to step (a number of items), which Dynamo finds out.
     """
     import logging
 
@@ -45,16 +45,24 @@ def dynamo_settings(kind: str) -> Callable[[], Callable[[], None]]:
         ignored: set(getattr(config, ignored)) | loggers,
     }
     if kind != "head":
-        changes |= {"assume_static_by_default": False, "specialize_int": True}
+        changes["specialize_int"] = True
     patcher: Callable[[], Callable[[], None]] = config._make_closure_patcher(**changes)
     return patcher
 
 
 def mark_rows(values: Any) -> None:
-    """Tell Dynamo that the leading dimensions of these tensors vary, unless they are of size 1."""
+    """Tell Dynamo which sizes of these tensors vary: all but the width of a floating one.
+
+    A square floating tensor of rank four is an attention mask, and varies in its last two. Sizes of
+    one are left alone by Dynamo.
+    """
     for value in values:
-        if type(value) is torch.Tensor and value.dim() > 0:
-            rows = value.dim() - (1 if value.is_floating_point() else 0)
+        if type(value) is tuple:
+            mark_rows(value)
+        elif type(value) is torch.Tensor and "_dynamo_weak_dynamic_indices" not in value.__dict__:
+            rank = value.dim()
+            square = rank == 4 and value.shape[2] == value.shape[3]
+            rows = rank - 1 if value.is_floating_point() and not square else rank
             torch._dynamo.maybe_mark_dynamic(value, list(range(rows)))
 
 
@@ -94,6 +102,8 @@ class Session:
     ) -> Any:
         """Run a compiled region for ``module`` under our Dynamo settings and note which graph ran."""
         outer, self._running, self._ran = self._running, self.paths.get(module, "?"), None
+        mark_rows(args)
+        mark_rows(kwargs.values())
         revert = self.settings[kind]()
         try:
             return compiled(module, *args, **kwargs)

@@ -3,8 +3,8 @@
     half           R(x) = (-x2, x1)          x1, x2 the two halves of the rotated features
     interleaved    R(x) = (-x_1, x_0, -x_3, x_2, ...)
 
-Anchor: the concatenation (or stack) of a negated piece of x with another piece of x. Features
-beyond ``rotary_dim`` pass through. Queries and keys that share cos and sin are taken together.
+Anchor: the concatenation (or stack) of a negated piece of x with another piece of x, or of a
+difference and a sum of products of two pieces. Features beyond ``rotary_dim`` pass through. Queries and keys that share cos and sin are taken together.
 cos and sin are tables without a gradient. The backward is derived in kernels/rope.py.
 """
 
@@ -55,13 +55,15 @@ class RoPE:
     name = "rope"
 
     def anchors(self, graph: fx.Graph) -> Iterator[fx.Node]:
-        """Concatenations and stacks along the features of a negated and a plain piece of one x."""
+        """Rotations of one x along its features, and complex views of it."""
         for node in ir.calls(graph):
-            if _rotation(node) is not None:
+            if ir.is_call(node, aten.view_as_complex.default) or _rotation(node) is not None:
                 yield node
 
     def candidates(self, anchor: fx.Node) -> Iterator[Candidate]:
         """Claims about the tensor rotated at ``anchor``, together with its partner first."""
+        if ir.is_call(anchor, aten.view_as_complex.default):
+            raise Refused("rotates by complex multiplication, which the kernel does not offer")
         sites = _sites(anchor)
         if not sites:
             raise Refused("the rotated value is not combined as x cos + R(x) sin with two tables")
@@ -74,7 +76,7 @@ class RoPE:
 
 
 def _rotation(node: fx.Node) -> tuple[fx.Node, str] | None:
-    """(the tensor that is rotated, layout) if the node is R(x)."""
+    """(the tensor that is rotated, layout) if the node is R(x), or x cos + R(x) sin by pieces."""
     if not ir.is_call(node, aten.cat.default, aten.stack.default):
         return None
     pieces = node.args[0]
@@ -82,14 +84,32 @@ def _rotation(node: fx.Node) -> tuple[fx.Node, str] | None:
     dim = node.args[1] if len(node.args) > 1 else 0
     if not isinstance(pieces, (list, tuple)) or len(pieces) != 2 or dim % rank != rank - 1:  # type: ignore[operator]
         return None
-    negated = [ir.is_call(p, aten.neg.default) for p in pieces]
-    if sum(negated) != 1:
+    if ir.is_call(pieces[0], aten.sub.Tensor) and ir.is_call(pieces[1], aten.add.Tensor):
+        sources = [_product_sources(p) for p in pieces]
+        common = sources[0] & sources[1]
+        roots: list[Any] = [common.pop()] if len(common) == 1 else [None]
+    else:
+        negated = [ir.is_call(p, aten.neg.default) for p in pieces]
+        if sum(negated) != 1:
+            return None
+        roots = [
+            _root_of_piece(p.args[0] if n else p)  # type: ignore[union-attr, arg-type]
+            for p, n in zip(pieces, negated, strict=True)
+        ]
+    if None in roots or any(r is not roots[0] for r in roots):
         return None
-    roots = [_root_of_piece(p.args[0] if n else p) for p, n in zip(pieces, negated, strict=True)]
-    if None in roots or roots[0] is not roots[1]:
-        return None
-    layout = "half" if node.target is aten.cat.default else "interleaved"
-    return roots[0], layout  # type: ignore[return-value]
+    return roots[0], "half" if node.target is aten.cat.default else "interleaved"
+
+
+def _product_sources(combined: Any) -> set[fx.Node]:
+    """The tensors that both products under a sum or difference read a piece of."""
+    sides = []
+    for product in ir.operands(combined):
+        if not ir.is_call(product, aten.mul.Tensor):
+            return set()
+        factors = [f for f in ir.operands(product) if ir.is_tensor(f)]
+        sides.append({r for r in map(_root_of_piece, factors) if r is not None})
+    return sides[0] & sides[1]
 
 
 def _root_of_piece(piece: fx.Node) -> fx.Node | None:
@@ -131,8 +151,17 @@ def _origin(node: fx.Node) -> fx.Node:
 
 
 def _results(anchor: fx.Node, x: fx.Node) -> Iterator[fx.Node]:
-    """Sums of products below the rotation with the shape of ``x``, and casts of them."""
+    """Sums of products below the rotation with the shape of ``x``, and casts of them.
+
+    A rotation by pieces is such a sum itself, behind the flattening of its pairs if interleaved.
+    """
     frontier, seen = [anchor], {anchor}
+    if not any(ir.is_call(p, aten.neg.default) for p in anchor.args[0]):  # type: ignore[union-attr]
+        whole = [anchor, *(u for u in anchor.users if ir.is_call(u, *_LAYOUT))]
+        for out in (n for n in whole if ir.shape(n) == ir.shape(x)):
+            yield out
+            yield from (u for u in out.users if ir.is_cast(u))
+        return
     while frontier:
         node = frontier.pop(0)
         for user in node.users:
@@ -287,6 +316,9 @@ def _rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: str, rotary_dim: int
 ) -> torch.Tensor:
     turned, passed = x[..., :rotary_dim], x[..., rotary_dim:]
+    if cos.shape[-1] != rotary_dim:
+        widen = _twice if layout == "half" else _each_twice
+        cos, sin = widen(cos), widen(sin)
     if layout == "half":
         low, high = turned.chunk(2, dim=-1)
         partner = torch.cat((-high, low), dim=-1)
@@ -294,3 +326,11 @@ def _rotate(
         partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
     y = turned * cos + partner * sin
     return torch.cat((y, passed), dim=-1) if passed.shape[-1] else y
+
+
+def _twice(table: torch.Tensor) -> torch.Tensor:
+    return torch.cat((table, table), dim=-1)
+
+
+def _each_twice(table: torch.Tensor) -> torch.Tensor:
+    return table.repeat_interleave(2, dim=-1)
