@@ -104,9 +104,7 @@ def attach(run: Callable[..., Any], deferred: Deferred) -> Callable[..., Any]:
         results = list(run(*args))
         leaves = tuple(results[len(results) - deferred.leaves :])
         results = results[: len(results) - deferred.leaves]
-        sizes = [
-            s if isinstance(s, int) else leaves[s[0]].shape[s[1]] for s in deferred.shape
-        ]
+        sizes = [s if isinstance(s, int) else leaves[s[0]].shape[s[1]] for s in deferred.shape]
         results[deferred.index] = LazyLogits(deferred.compute, leaves, sizes, deferred.dtype)
         return tuple(results)
 

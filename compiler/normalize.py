@@ -37,8 +37,10 @@ class _Retrace(fx.Interpreter):
         whole = isinstance(target, HigherOrderOperator) or type(target).__name__ == (
             "AutogradFunctionApply"
         )
-        return _emit_whole(target, args, kwargs) if whole else super().call_function(
-            target, args, kwargs
+        return (
+            _emit_whole(target, args, kwargs)
+            if whole
+            else super().call_function(target, args, kwargs)
         )
 
 

@@ -132,9 +132,7 @@ def _verified(
     return first
 
 
-def _tracked(
-    run: Callable[..., Any], session: Session, record: GraphRecord
-) -> Callable[..., Any]:
+def _tracked(run: Callable[..., Any], session: Session, record: GraphRecord) -> Callable[..., Any]:
     def tracked(*args: Any) -> Any:
         session.ran(record)
         return run(*args)

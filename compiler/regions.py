@@ -59,8 +59,11 @@ def find(model: nn.Module) -> Regions:
         )
     above = _ancestors(blocks, modules)
     head = next(
-        ((path, modules[path]) for path in sorted(above, key=len, reverse=True)
-         if _takes_labels(modules[path])),
+        (
+            (path, modules[path])
+            for path in sorted(above, key=len, reverse=True)
+            if _takes_labels(modules[path])
+        ),
         None,
     )
     spine = [
@@ -73,7 +76,9 @@ def find(model: nn.Module) -> Regions:
 
 
 def _blocks(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    layer = getattr(sys.modules.get("transformers.modeling_layers"), "GradientCheckpointingLayer", ())
+    layer = getattr(
+        sys.modules.get("transformers.modeling_layers"), "GradientCheckpointingLayer", ()
+    )
     found: dict[str, nn.Module] = {}
     if layer:
         for path, module in modules.items():

@@ -49,9 +49,7 @@ def _fired_table(rows: list[Row]) -> Table:
         error = row.verification
         if row.error is not None and row.error_eager is not None:
             error = f"{row.error:.1e} / {row.error_eager:.1e}"
-        table.add_row(
-            row.pattern, str(row.count), row.where, _tail(row.source), parameters, error
-        )
+        table.add_row(row.pattern, str(row.count), row.where, _tail(row.source), parameters, error)
     return table
 
 

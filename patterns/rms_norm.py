@@ -45,9 +45,7 @@ class RMSNorm:
     def anchors(self, graph: fx.Graph) -> Iterator[fx.Node]:
         """Inverse square roots of something of width one, and torch's own rms_norm."""
         for node in ir.calls(graph):
-            if ir.is_call(node, aten.rms_norm.default):
-                yield node
-            elif _inverse_root(node) and ir.is_floating(node) and ir.last(node) == 1:
+            if ir.is_call(node, aten.rms_norm.default) or _inverse_root(node) and ir.is_floating(node) and ir.last(node) == 1:
                 yield node
 
     def candidates(self, anchor: fx.Node) -> Iterator[Candidate]:
@@ -179,9 +177,7 @@ def _continues(user: fx.Node, current: fx.Node, site: _Site) -> bool:
     return ir.strip_casts(operand) is site.x or ir.last(operand) == ir.last(site.x)
 
 
-def _gain(
-    operand: fx.Node, x: fx.Node, inside: set[fx.Node]
-) -> tuple[fx.Node, float] | None:
+def _gain(operand: fx.Node, x: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, float] | None:
     """(weight, offset) when the operand is offset + w with w one vector of the row's width."""
     node, offset, passed = operand, 0.0, []
     while ir.is_cast(node) or ir.is_call(node, aten.add.Tensor, aten.rsub.Scalar):

@@ -236,9 +236,7 @@ def _with_passed_through(site: _Site) -> list[_Site]:
         nodes, tables = _between(whole, user)
         if len(tables) == 2 and site.nodes <= nodes:
             pair = (tables[0], tables[1])
-            sites.append(
-                _Site(whole, user, pair, frozenset(nodes), site.layout, site.rotary_dim)
-            )
+            sites.append(_Site(whole, user, pair, frozenset(nodes), site.layout, site.rotary_dim))
             casts = [u for u in user.users if ir.is_cast(u)]
             sites += [
                 _Site(whole, c, pair, frozenset(nodes | {c}), site.layout, site.rotary_dim)

@@ -29,9 +29,23 @@ _METADATA = frozenset(
         *(
             getattr(torch.Tensor, name).__get__
             for name in (
-                "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta",
-                "is_sparse", "is_quantized", "is_nested", "is_mps", "is_xpu", "names", "itemsize",
-                "is_leaf", "grad",
+                "shape",
+                "dtype",
+                "device",
+                "ndim",
+                "layout",
+                "is_cuda",
+                "is_cpu",
+                "is_meta",
+                "is_sparse",
+                "is_quantized",
+                "is_nested",
+                "is_mps",
+                "is_xpu",
+                "names",
+                "itemsize",
+                "is_leaf",
+                "grad",
             )
             if hasattr(torch.Tensor, name)
         ),

@@ -45,9 +45,7 @@ def inner_forward(cls: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-def subclass(
-    cls: type[nn.Module], forward: Callable[..., Any], owner: object
-) -> type[nn.Module]:
+def subclass(cls: type[nn.Module], forward: Callable[..., Any], owner: object) -> type[nn.Module]:
     """A subclass of ``cls`` whose forward is ``forward`` and that belongs to ``owner``."""
 
     def reduce(self: nn.Module, protocol: Any) -> Any:

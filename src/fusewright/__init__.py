@@ -28,7 +28,7 @@ def optimize(
     model: Model,
     *,
     patterns: Sequence[str] | None = None,
-    memory_budget: str | int | float | None = None,
+    memory_budget: str | float | None = None,
     lowering: str = "auto",
     verify: str = "first_step",
     logits: str = "lazy",
