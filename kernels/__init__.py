@@ -13,13 +13,25 @@ def catalogue() -> tuple[OpSpec, ...]:
     """Every op of the package, in the order of registration."""
     from fusewright.kernels import (
         activations,
+        add_rms_norm,
         cross_entropy,
         glu,
+        layer_norm,
         linear_cross_entropy,
         lora,
         rms_norm,
         rope,
     )
 
-    families = (rms_norm, rope, activations, glu, lora, cross_entropy, linear_cross_entropy)
+    families = (
+        rms_norm,
+        add_rms_norm,
+        layer_norm,
+        rope,
+        activations,
+        glu,
+        lora,
+        cross_entropy,
+        linear_cross_entropy,
+    )
     return tuple(spec for family in families for spec in family.OPS)

@@ -3,6 +3,7 @@
     r = (mean(x^2) + eps)^(-1/2)        x^ = x r        y = x^ (offset + w)
 
 Shapes: x (..., D), w (D,) or absent, y (..., D), rstd r (...) in float32. Saved: x, w, r.
+y and dx lie in memory in the order of x's leading dimensions.
 
 Where it rounds (x of dtype t, statistics always in float32):
     cast="output"   y = round(x^ (offset + w))                  one rounding, at the output
@@ -17,21 +18,41 @@ Traffic: forward reads and writes x once; backward reads x and dy and writes dx 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from fusewright.kernels.reduce import absent, compute_dtype
+from fusewright.kernels.rows import check_cast, check_rows, check_vector, empty_rows
 from fusewright.kernels.spec import OpSpec
 
 
-def _round_through(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def row_mean(t: torch.Tensor) -> torch.Tensor:
+    """The mean of each row, kept as a column."""
+    return t.mean(-1, keepdim=True)
+
+
+def row_gradient(g: Any, xhat: Any, r: Any, mean: Callable[[Any], Any]) -> Any:
+    """The gradient of x from that of x^, over tensors or symbols."""
+    return r * (g - xhat * mean(g * xhat))
+
+
+def round_through(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``t`` with its values rounded to ``dtype``."""
     return t.to(dtype).to(t.dtype)
 
 
-def _gain(weight: torch.Tensor | None, offset: float, dtype: torch.dtype) -> torch.Tensor | None:
+def gain(weight: torch.Tensor | None, offset: float, dtype: torch.dtype) -> torch.Tensor | None:
+    """offset + w, or None without a weight."""
     return None if weight is None else weight.to(dtype) + offset
+
+
+def check(x: torch.Tensor, weight: torch.Tensor | None, cast: str) -> None:
+    """Refuse wrong shapes, dtypes, devices and modes, by name."""
+    check_rows(x)
+    check_vector(weight, x, "weight")
+    check_cast(cast)
 
 
 def reference_fwd(
@@ -43,14 +64,17 @@ def reference_fwd(
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y and rstd in plain PyTorch; see the module's header."""
+    check(x, weight, cast)
     dtype = compute_dtype(x, weight)
     xf = x.to(dtype)
-    rstd = torch.rsqrt(xf.square().mean(-1) + eps)
-    y = xf * rstd.unsqueeze(-1)
+    r = torch.rsqrt(row_mean(xf.square()) + eps)
+    y = xf * r
     if cast == "input":
-        y = _round_through(y, x.dtype)
-    gain = _gain(weight, offset, dtype)
-    return (y if gain is None else y * gain).to(out_dtype), rstd
+        y = round_through(y, x.dtype)
+    scale = gain(weight, offset, dtype)
+    y = y if scale is None else y * scale
+    rstd = empty_rows(x, dtype, statistic=True).copy_(r.squeeze(-1))
+    return empty_rows(x, out_dtype).copy_(y), rstd
 
 
 def reference_bwd(
@@ -69,12 +93,12 @@ def reference_bwd(
     xhat = x.to(dtype) * r
     dx, dweight = absent(x), absent(x)
     if need_weight and weight is not None:
-        kept = _round_through(xhat, x.dtype) if cast == "input" else xhat
+        kept = round_through(xhat, x.dtype) if cast == "input" else xhat
         dweight = (g * kept).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
     if need_x:
-        gain = _gain(weight, offset, dtype)
-        g = g if gain is None else g * gain
-        dx = (r * (g - xhat * (g * xhat).mean(-1, keepdim=True))).to(x.dtype)
+        scale = gain(weight, offset, dtype)
+        g = g if scale is None else g * scale
+        dx = empty_rows(x, x.dtype).copy_(row_gradient(g, xhat, r, row_mean))
     return dx, dweight
 
 
@@ -86,8 +110,9 @@ def _fake_fwd(
     cast: str,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    y = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
-    return y, x.new_empty(x.shape[:-1], dtype=compute_dtype(x, weight))
+    check(x, weight, cast)
+    rstd = empty_rows(x, compute_dtype(x, weight), statistic=True)
+    return empty_rows(x, out_dtype), rstd
 
 
 def _fake_bwd(
@@ -100,7 +125,7 @@ def _fake_bwd(
     need_x: bool,
     need_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else absent(x)
+    dx = empty_rows(x, x.dtype) if need_x else absent(x)
     dw = torch.empty_like(weight) if need_weight and weight is not None else absent(x)
     return dx, dw
 

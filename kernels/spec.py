@@ -34,6 +34,8 @@ class OpSpec:
         fake: (forward, backward) shape functions.
         forward_needs: the forward computes gradients itself and so takes the ``need_<input>`` flags
             as its trailing arguments (e.g. a chunked loss).
+        gradients: which result of the backward is the gradient of each differentiable input; two
+            inputs may share one (a sum's operands). In order if empty.
     """
 
     forward: str
@@ -45,6 +47,7 @@ class OpSpec:
     fake: tuple[Implementation, Implementation]
     triton: tuple[Implementation, Implementation] | None = None
     forward_needs: bool = False
+    gradients: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:

@@ -42,6 +42,8 @@ def _autograd_function(
 ) -> type[torch.autograd.Function]:
     """The autograd.Function of one op; lists of tensors arrive flattened behind their lengths."""
 
+    which = spec.gradients or tuple(range(len(spec.differentiable)))
+
     class Rule(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, layout: tuple[int, ...], *flat: Any) -> Any:
@@ -93,9 +95,10 @@ def _autograd_function(
             results = out if isinstance(out, tuple) else (out,)
             starts, width = _starts(ctx.layout), sum(n if n >= 0 else 1 for n in ctx.layout)
             flat: list[Any] = [None] * width
-            for i, need, grad in zip(args.watched, ctx.needs, results, strict=True):
+            for i, need, at in zip(args.watched, ctx.needs, which, strict=True):
                 if not need:
                     continue
+                grad = results[at]
                 if ctx.layout[i] >= 0:
                     flat[starts[i] : starts[i] + ctx.layout[i]] = grad
                 else:

@@ -1,0 +1,165 @@
+"""Rotary embedding: derivation, layouts, tables, strides, precision, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import sympy as sp
+import torch
+from rows import DTYPES, compare, is_gradient
+
+from fusewright.kernels import rope
+from fusewright.runtime.op import register_all
+
+register_all()
+OP = torch.ops.fusewright.rope
+LAYOUTS = ["half", "interleaved"]
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def rotated(x: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "half":
+        low, high = x.chunk(2, dim=-1)
+        return torch.cat((-high, low), dim=-1)
+    return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+
+
+def eager(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: str) -> torch.Tensor:
+    if x.dtype is torch.float64:
+        cos, sin = cos.double(), sin.double()
+    width = cos.shape[-1]
+    turned = x[..., :width]
+    y = turned * cos + rotated(turned, layout) * sin
+    return torch.cat((y, x[..., width:]), dim=-1).to(x.dtype)
+
+
+def tables(batch: int, tokens: int, width: int, layout: str, dtype: torch.dtype) -> Pair:
+    angles = torch.rand(batch, 1, tokens, width // 2) * 6
+    angles = angles.repeat(1, 1, 1, 2) if layout == "half" else angles.repeat_interleave(2, -1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def heads(batch: int, count: int, tokens: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """A transposed view of a projection's output."""
+    return torch.randn(batch, tokens, count, width).to(dtype).transpose(1, 2)
+
+
+def test_gradient_is_sympys() -> None:
+    x, dy = sp.symbols("x1 x2", real=True), sp.symbols("dy1 dy2", real=True)
+    angles = rope.Angles(*sp.symbols("c1 s1 c2 s2", real=True))
+    y = rope.rotate(*x, angles)
+    assert is_gradient(rope.unrotate(*dy, angles), y, dy, x, {})
+    assert not is_gradient(rope.rotate(*dy, angles), y, dy, x, {})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("width", [4, 6])
+@pytest.mark.parametrize("full", [True, False])
+def test_gradcheck(layout: str, width: int, full: bool) -> None:
+    q = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(2, 1, 4, 6, dtype=torch.float64, requires_grad=True)
+    # Unlike angles for the two features of a pair: the general transpose.
+    cos, sin = torch.randn(2, 1, 1, 4, width if full else width // 2, dtype=torch.float64)
+
+    def ours(q: torch.Tensor, k: torch.Tensor | None) -> Pair:
+        out: Pair = OP(q, k, cos, sin, layout, width, torch.float64)
+        return out
+
+    assert torch.autograd.gradcheck(ours, (q, k))
+    assert torch.autograd.gradcheck(lambda q: ours(q, None)[0], (q,))
+    assert torch.autograd.gradcheck(lambda k: ours(q.detach(), k)[1], (k,))
+
+
+def test_a_wrong_sign_fails_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rope, "unrotate", rope.rotate)
+    q = torch.randn(1, 1, 2, 4, dtype=torch.float64, requires_grad=True)
+    cos, sin = torch.randn(2, 1, 1, 2, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="Jacobian mismatch"):
+        torch.autograd.gradcheck(lambda q: OP(q, None, cos, sin, "half", 4, torch.float64)[0], (q,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("table_dtype", ["same", "float32"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("width", [32, 20])
+def test_error_is_not_above_eagers(
+    dtype: torch.dtype, table_dtype: str, layout: str, width: int
+) -> None:
+    cos, sin = tables(2, 9, width, layout, dtype if table_dtype == "same" else torch.float32)
+    compare(
+        lambda q, k: OP(q, k, cos, sin, layout, width, dtype),
+        lambda q, k: (eager(q, cos, sin, layout), eager(k, cos, sin, layout)),
+        (heads(2, 4, 9, 32, dtype), heads(2, 2, 9, 32, dtype)),
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_half_width_tables_equal_full_ones(layout: str) -> None:
+    q = heads(2, 3, 5, 8, torch.float32)
+    cos, sin = tables(1, 5, 8, layout, torch.float32)
+    short = [rope.split(t, layout)[0] for t in (cos, sin)]
+    full = OP(q, None, cos, sin, layout, 8, torch.float32)[0]
+    assert torch.equal(full, OP(q, None, *short, layout, 8, torch.float32)[0])
+    assert torch.equal(full, OP(q, None, cos[0, 0], sin[0, 0], layout, 8, torch.float32)[0])
+
+
+def test_outputs_and_gradients_keep_the_order_in_memory() -> None:
+    cos, sin = tables(2, 5, 8, "half", torch.float32)
+    q = heads(2, 3, 5, 8, torch.float32).requires_grad_()
+    k = torch.randn(2, 2, 5, 8, requires_grad=True)
+    q_out, k_out = OP(q, k, cos, sin, "half", 8, torch.float32)
+    assert q_out.transpose(1, 2).is_contiguous() and k_out.is_contiguous()
+    upstream = [torch.randn(2, 3, 5, 8), torch.randn(2, 5, 2, 8).transpose(1, 2)]
+    dq, dk = torch.autograd.grad((q_out, k_out), (q, k), upstream)
+    assert dq.transpose(1, 2).is_contiguous() and dk.is_contiguous()
+    expected = torch.autograd.grad(
+        (eager(q, cos, sin, "half"), eager(k, cos, sin, "half")), (q, k), upstream
+    )
+    torch.testing.assert_close((dq, dk), expected)
+
+
+def test_one_side_alone_expanded_gradient_second_backward() -> None:
+    cos, sin = tables(1, 5, 8, "half", torch.float32)
+    q, k = heads(2, 3, 5, 8, torch.float32), heads(2, 2, 5, 8, torch.float32).requires_grad_()
+    out = OP(q, k, cos, sin, "half", 8, torch.float32)
+    (first,) = torch.autograd.grad(out[1].sum(), k, retain_graph=True)
+    (second,) = torch.autograd.grad(out[1].sum(), k)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, torch.autograd.grad(eager(k, cos, sin, "half").sum(), k)[0])
+    assert OP(q, None, cos, sin, "half", 8, torch.float32)[1].shape == (0,)
+
+
+def test_no_tokens() -> None:
+    q = torch.randn(2, 3, 0, 8, requires_grad=True)
+    out = OP(q, None, *torch.randn(2, 1, 1, 0, 8), "half", 8, torch.float32)[0]
+    assert out.shape == torch.autograd.grad(out.sum(), q)[0].shape == (2, 3, 0, 8)
+
+
+def test_bad_input_is_named() -> None:
+    q, table = torch.randn(2, 3, 5, 8), torch.randn(1, 1, 5, 8)
+    tail = ("half", 8, torch.float32)
+    with pytest.raises(ValueError, match=r"q: expected \(batch, heads, tokens, features\)"):
+        OP(q[0], None, table, table, *tail)
+    with pytest.raises(
+        ValueError, match=r"k: expected shape \(2, heads, 5, 8\), got \(2, 3, 4, 8\)"
+    ):
+        OP(q, q[:, :, :4], table, table, *tail)
+    with pytest.raises(TypeError, match=r"k: expected torch.float32 on cpu like q"):
+        OP(q, q.half(), table, table, *tail)
+    with pytest.raises(
+        ValueError, match=r"cos: expected a shape broadcastable .* got \(1, 3, 5, 8\)"
+    ):
+        OP(q, None, table.expand(1, 3, 5, 8), table, *tail)
+    with pytest.raises(ValueError, match=r"sin: expected width 8 like cos, got 4"):
+        OP(q, None, table, table[..., :4], *tail)
+    with pytest.raises(ValueError, match=r"rotary_dim: expected an even number up to 8, got 7"):
+        OP(q, None, table, table, "half", 7, torch.float32)
+    with pytest.raises(ValueError, match=r"layout: expected one of"):
+        OP(q, None, table, table, "halves", 8, torch.float32)
+
+
+def test_fake_agrees() -> None:
+    cos, sin = tables(1, 5, 8, "half", torch.float32)
+    q, k = heads(2, 3, 5, 8, torch.float32), torch.randn(2, 2, 5, 8)
+    for second in (k.requires_grad_(), None):
+        args = (q.requires_grad_(), second, cos, sin, "half", 8, torch.float32)
+        torch.library.opcheck(OP.default, args)
