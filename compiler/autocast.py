@@ -31,16 +31,19 @@ def make_explicit(graph: fx.Graph, device: str) -> None:
     for node in list(ir.calls(graph)):
         if not ir.is_floating(node) or node.target in ir.CASTS:
             continue
-        floats = [n for n in node.all_input_nodes if ir.is_floating(n)]
-        if not floats or all(ir.dtype(n) == ir.dtype(node) for n in floats):
+        given = {ir.dtype(n) for n in node.all_input_nodes if ir.is_floating(n)}
+        if not given or given == {ir.dtype(node)}:
             continue
-        if _dtype_without_autocast(node, device) == ir.dtype(node):
+        # A call on mixed inputs that does not promote them works under autocast alone; a fake
+        # tensor does not say so.
+        promotes = len(given) == 1 or torch.Tag.pointwise in getattr(node.target, "tags", ())
+        if promotes and _dtype_without_autocast(node, device) == ir.dtype(node):
             continue
         _cast_inputs(graph, node, ir.dtype(node))
 
 
 def _dtype_without_autocast(node: fx.Node, device: str) -> torch.dtype | None:
-    """What the call yields with autocast off; None if it then refuses its mixed inputs."""
+    """What the call yields with autocast off; None if it then refuses its inputs."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), ir.value)
     mode = ir.value(node).fake_mode
     try:

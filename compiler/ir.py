@@ -102,9 +102,14 @@ def is_cast(node: Any) -> bool:
     )
 
 
+def widens(node: Any) -> bool:
+    """A cast that loses nothing, as from bf16 to float32."""
+    return is_cast(node) and dtype(node).itemsize > dtype(node.args[0]).itemsize
+
+
 def strip_casts(node: fx.Node) -> fx.Node:
-    """The node below any casts and identities."""
-    while is_cast(node) or is_call(node, *IDENTITIES):
+    """The node below any casts that lose nothing, and identities."""
+    while widens(node) or is_call(node, *IDENTITIES):
         node = node.args[0]  # type: ignore[assignment]
     return node
 

@@ -22,6 +22,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_map
 
 from fusewright.compiler import ir
+from fusewright.compiler.legality import mutations, storage_root
 
 aten = torch.ops.aten
 
@@ -82,10 +83,35 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
     # Dynamo's own tracing context must stay as it is: its guards are built from it afterwards.
     with torch._guards.tracing(None), preserve_node_meta(), mode:
         canonical = make_fx(_Retrace(gm).run, pre_dispatch=True, tracing_mode="real")(*examples)
-    _drop_identities(canonical.graph)
+    simplify(canonical.graph)
     canonical.graph.eliminate_dead_code(is_impure_node=_impure)
     canonical.recompile()
     return canonical
+
+
+def simplify(graph: fx.Graph) -> None:
+    """Drop what changes nothing, and make equal casts of one value one cast."""
+    _drop_identities(graph)
+    written = {root for _, root in mutations(graph)}
+    made: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+    for node in list(ir.calls(graph)):
+        if not ir.is_cast(node) or not _plain_cast(node):
+            continue
+        source: Any = node.args[0]
+        if storage_root(source) in written or storage_root(node) in written:
+            continue
+        # To a wider dtype and back is no change; a cast may then start from the value itself.
+        while ir.widens(source) and _plain_cast(source):
+            source = source.args[0]
+        target = source if ir.dtype(source) == ir.dtype(node) else None
+        target = target or made.setdefault((node.args[0], ir.dtype(node)), node)  # type: ignore[arg-type]
+        if target is not node:
+            node.replace_all_uses_with(target)
+            graph.erase_node(node)
+
+
+def _plain_cast(node: fx.Node) -> bool:
+    return node.target is aten.to.dtype and len(node.args) == 2 and not node.kwargs
 
 
 def _impure(node: fx.Node) -> bool:

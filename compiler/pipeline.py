@@ -18,7 +18,7 @@ from torch import fx
 
 from fusewright.compiler import autocast, dump, ir, lazy, lower, rewrite
 from fusewright.compiler.match import Match, find
-from fusewright.compiler.normalize import NotNormalizable, normalize
+from fusewright.compiler.normalize import NotNormalizable, normalize, simplify
 from fusewright.compiler.records import GraphBreak, GraphRecord, Verdict
 from fusewright.compiler.session import Session
 from fusewright.compiler.verify import verify
@@ -58,6 +58,7 @@ def _compile(
         device = autocast.active_device()
         if device is not None:
             autocast.make_explicit(canonical.graph, device)
+            simplify(canonical.graph)
             canonical.recompile()
     writer.graph("00_capture", gm)
     writer.graph("01_normalize", canonical)
@@ -73,9 +74,9 @@ def _compile(
     with _timed(record, "lower"):
         run = lower.lower(rewritten, example_inputs, how, device)
         record.lowering = how
+    run = run if deferred is None else lazy.attach(run, deferred)
     if session.options.verify == "first_step":
         run = _verified(run, canonical, rewritten, record, session, device)
-    run = run if deferred is None else lazy.attach(run, deferred)
     writer.done()
     return _tracked(run, session, record)
 

@@ -108,7 +108,7 @@ def _losses(anchor: fx.Node) -> Iterator[_Loss]:
 
 def _uncast(loss: _Loss) -> _Loss:
     node, passed = loss.logits, set(loss.nodes)
-    while ir.is_cast(node) or ir.is_call(node, *_RESHAPES):
+    while ir.widens(node) or ir.is_call(node, *_RESHAPES):
         if not ir.is_cast(node) and len(ir.shape(node.args[0])) != 2:
             # The kernel takes rows: keep the view below the cast, and cast nothing.
             break
@@ -125,7 +125,7 @@ def _climb(loss: _Loss) -> tuple[fx.Node | None, _Loss]:
     factors, softcap = [], 0.0
     while not ir.is_call(node, aten.linear.default):
         passed.add(node)
-        if ir.is_cast(node) or ir.is_call(node, *_RESHAPES, *ir.IDENTITIES):
+        if ir.widens(node) or ir.is_call(node, *_RESHAPES, *ir.IDENTITIES):
             node = node.args[0]  # type: ignore[assignment]
         elif ir.is_call(node, aten.mul.Tensor, aten.div.Tensor) and _literal(node) is not None:
             value, node = _literal(node)  # type: ignore[misc]

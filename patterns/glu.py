@@ -144,7 +144,7 @@ def _claims(
     names: tuple[str, ...],
 ) -> Iterator[Candidate]:
     casts: set[fx.Node] = set()
-    while ir.is_cast(up):
+    while ir.widens(up):
         casts.add(up)
         up = up.args[0]  # type: ignore[assignment]
     nodes = inside | casts | {product, out}

@@ -81,7 +81,7 @@ def _adapter(second: fx.Node) -> _Adapter:
         nodes.add(middle)
         middle = middle.args[0]
     x: Any = first.args[0]
-    while ir.is_cast(x):
+    while ir.widens(x):
         nodes.add(x)
         x = x.args[0]
     if ir.is_call(x, aten.dropout.default):

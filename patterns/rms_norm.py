@@ -133,7 +133,7 @@ def _row(reduction: fx.Node, inside: set[fx.Node]) -> fx.Node:
 
 
 def _strip(node: fx.Node, inside: set[fx.Node]) -> fx.Node:
-    while ir.is_cast(node):
+    while ir.widens(node):
         inside.add(node)
         node = node.args[0]  # type: ignore[assignment]
     return node
