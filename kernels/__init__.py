@@ -17,8 +17,9 @@ def catalogue() -> tuple[OpSpec, ...]:
         glu,
         linear_cross_entropy,
         lora,
+        nf4,
         rms_norm,
     )
 
-    families = (rms_norm, activations, glu, lora, cross_entropy, linear_cross_entropy)
+    families = (rms_norm, activations, glu, lora, cross_entropy, linear_cross_entropy, nf4)
     return tuple(spec for family in families for spec in family.OPS)
