@@ -31,6 +31,7 @@ def arguments(packed: torch.Tensor, state: bnb.QuantState, row_stride: int = 0) 
     )
 
 
+# bitsandbytes' CPU kernel is right only where no block crosses a row, hence rows of 1024.
 def quantised(shape: tuple[int, int], dtype: torch.dtype, **options: object) -> tuple:
     weight = (torch.randn(shape) * torch.rand(shape[0], 1)).to(dtype)
     return bnb.quantize_4bit(weight, **options)
@@ -42,7 +43,7 @@ def quantised(shape: tuple[int, int], dtype: torch.dtype, **options: object) -> 
 @pytest.mark.parametrize("blocksize", [64, 128, 1024])
 def test_bit_exact(blocksize: int, kind: str, double: bool, dtype: torch.dtype) -> None:
     packed, state = quantised(
-        (96, 256), dtype, blocksize=blocksize, compress_statistics=double, quant_type=kind
+        (24, 1024), dtype, blocksize=blocksize, compress_statistics=double, quant_type=kind
     )
     assert torch.equal(OP(*arguments(packed, state)), bnb.dequantize_4bit(packed, state))
 
