@@ -19,6 +19,7 @@ def catalogue() -> tuple[OpSpec, ...]:
         layer_norm,
         linear_cross_entropy,
         lora,
+        nf4,
         rms_norm,
         rope,
     )
@@ -33,5 +34,6 @@ def catalogue() -> tuple[OpSpec, ...]:
         lora,
         cross_entropy,
         linear_cross_entropy,
+        nf4,
     )
     return tuple(spec for family in families for spec in family.OPS)

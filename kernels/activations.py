@@ -24,21 +24,17 @@ Traffic: forward reads and writes one element; backward reads two and writes one
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fusewright.kernels.elementary import GELU_A, GELU_K, INV_SQRT_2PI, QUICK, SQRT_HALF
+from fusewright.kernels.glu_kernels import launch_activation_backward, launch_activation_forward
+from fusewright.kernels.launch import launchable
 from fusewright.kernels.reduce import absent, compute_dtype
 from fusewright.kernels.spec import OpSpec
-
-SQRT_HALF = math.sqrt(0.5)
-INV_SQRT_2PI = 1.0 / math.sqrt(2.0 * math.pi)
-GELU_K = math.sqrt(2.0 / math.pi)
-GELU_A = 0.044715
-QUICK = 1.702
 
 Elementary = Any  # torch, or a namespace with the same function names over symbols
 
@@ -155,6 +151,25 @@ def reference_bwd(dy: torch.Tensor, x: torch.Tensor, activation: str, need_x: bo
     return torch.empty_like(x, memory_format=torch.contiguous_format).copy_(dx)
 
 
+def triton_fwd(x: torch.Tensor, activation: str, out_dtype: torch.dtype) -> torch.Tensor:
+    """act(x) by a kernel."""
+    lookup(activation)
+    if not launchable(x, out_dtype):
+        return reference_fwd(x, activation, out_dtype)
+    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    launch_activation_forward(x, y, activation)
+    return y
+
+
+def triton_bwd(dy: torch.Tensor, x: torch.Tensor, activation: str, need_x: bool) -> torch.Tensor:
+    """dx = dy act'(x) by a kernel."""
+    if not need_x or not launchable(x, dy.dtype):
+        return reference_bwd(dy, x, activation, need_x)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    launch_activation_backward(dy, x, dx, activation)
+    return dx
+
+
 def _fake_fwd(x: torch.Tensor, activation: str, out_dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
 
@@ -177,5 +192,6 @@ OPS = (
         save=_save,
         reference=(reference_fwd, reference_bwd),
         fake=(_fake_fwd, _fake_bwd),
+        triton=(triton_fwd, triton_bwd),
     ),
 )

@@ -26,6 +26,13 @@ from typing import Any
 import torch
 
 from fusewright.kernels.activations import lookup, swish_slope, swish_value
+from fusewright.kernels.glu_kernels import (
+    launch_backward,
+    launch_forward,
+    launch_packed_backward,
+    launch_packed_forward,
+)
+from fusewright.kernels.launch import launchable
 from fusewright.kernels.reduce import absent, compute_dtype
 from fusewright.kernels.spec import OpSpec
 
@@ -34,14 +41,18 @@ _Pair = tuple[torch.Tensor, torch.Tensor]
 
 def halves(gate_up: torch.Tensor, gate_first: bool, interleaved: bool) -> _Pair:
     """Views (gate, up) of a packed tensor (..., 2F)."""
-    width = gate_up.shape[-1]
-    if width % 2:
-        raise ValueError(f"gate_up: expected an even last dimension, got {tuple(gate_up.shape)}")
+    width = _half_width(gate_up)
     if interleaved:
         first, second = gate_up[..., 0::2], gate_up[..., 1::2]
     else:
-        first, second = gate_up[..., : width // 2], gate_up[..., width // 2 :]
+        first, second = gate_up[..., :width], gate_up[..., width:]
     return (first, second) if gate_first else (second, first)
+
+
+def _half_width(gate_up: torch.Tensor) -> int:
+    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up: expected an even last dimension, got {tuple(gate_up.shape)}")
+    return gate_up.shape[-1] // 2
 
 
 def check_pair(gate: torch.Tensor, up: torch.Tensor) -> None:
@@ -203,6 +214,147 @@ def clamped_packed_reference_bwd(
     return _pack(gate_up, _clamped_grads(dy.to(t), gate, up, alpha, limit), gate_first, interleaved)
 
 
+def glu_triton_fwd(
+    gate: torch.Tensor, up: torch.Tensor, activation: str, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """act(gate) up by a kernel."""
+    if not launchable(gate, up.dtype, out_dtype):
+        return glu_reference_fwd(gate, up, activation, out_dtype)
+    check_pair(gate, up)
+    lookup(activation)
+    y = torch.empty(gate.shape, dtype=out_dtype, device=gate.device)
+    launch_forward(gate, up, y, activation)
+    return y
+
+
+def glu_triton_bwd(
+    dy: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: str,
+    need_gate: bool,
+    need_up: bool,
+) -> _Pair:
+    """dgate and dup by a kernel."""
+    if not launchable(gate, dy.dtype):
+        return glu_reference_bwd(dy, gate, up, activation, need_gate, need_up)
+    dgate, dup = _new_grads(gate, up, need_gate, need_up)
+    launch_backward(dy, gate, up, dgate, dup, activation)
+    return absent(gate) if dgate is None else dgate, absent(up) if dup is None else dup
+
+
+def _new_grads(
+    gate: torch.Tensor, up: torch.Tensor, need_gate: bool, need_up: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (
+        torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if need_gate else None,
+        torch.empty(up.shape, dtype=up.dtype, device=up.device) if need_up else None,
+    )
+
+
+def packed_triton_fwd(
+    gate_up: torch.Tensor,
+    activation: str,
+    gate_first: bool,
+    interleaved: bool,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """act(gate) up of a packed tensor by a kernel."""
+    if not launchable(gate_up, out_dtype):
+        return packed_reference_fwd(gate_up, activation, gate_first, interleaved, out_dtype)
+    lookup(activation)
+    y = _packed_output(gate_up, out_dtype)
+    launch_packed_forward(gate_up, y, activation, gate_first, interleaved)
+    return y
+
+
+def _packed_output(gate_up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    width = _half_width(gate_up)
+    return torch.empty((*gate_up.shape[:-1], width), dtype=dtype, device=gate_up.device)
+
+
+def packed_triton_bwd(
+    dy: torch.Tensor,
+    gate_up: torch.Tensor,
+    activation: str,
+    gate_first: bool,
+    interleaved: bool,
+    need_gate_up: bool,
+) -> torch.Tensor:
+    """d(gate_up), one buffer, by a kernel."""
+    if not need_gate_up or not launchable(gate_up, dy.dtype):
+        return packed_reference_bwd(dy, gate_up, activation, gate_first, interleaved, need_gate_up)
+    out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    launch_packed_backward(dy, gate_up, out, activation, gate_first, interleaved)
+    return out
+
+
+def clamped_triton_fwd(
+    gate: torch.Tensor, up: torch.Tensor, alpha: float, limit: float, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """The clamped form by a kernel."""
+    if not launchable(gate, up.dtype, out_dtype):
+        return clamped_reference_fwd(gate, up, alpha, limit, out_dtype)
+    check_pair(gate, up)
+    y = torch.empty(gate.shape, dtype=out_dtype, device=gate.device)
+    launch_forward(gate, up, y, "swish", (alpha, limit))
+    return y
+
+
+def clamped_triton_bwd(
+    dy: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    alpha: float,
+    limit: float,
+    need_gate: bool,
+    need_up: bool,
+) -> _Pair:
+    """dgate and dup of the clamped form by a kernel."""
+    if not launchable(gate, dy.dtype):
+        return clamped_reference_bwd(dy, gate, up, alpha, limit, need_gate, need_up)
+    dgate, dup = _new_grads(gate, up, need_gate, need_up)
+    launch_backward(dy, gate, up, dgate, dup, "swish", (alpha, limit))
+    return absent(gate) if dgate is None else dgate, absent(up) if dup is None else dup
+
+
+def clamped_packed_triton_fwd(
+    gate_up: torch.Tensor,
+    alpha: float,
+    limit: float,
+    gate_first: bool,
+    interleaved: bool,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """The clamped form of a packed tensor by a kernel."""
+    if not launchable(gate_up, out_dtype):
+        return clamped_packed_reference_fwd(
+            gate_up, alpha, limit, gate_first, interleaved, out_dtype
+        )
+    y = _packed_output(gate_up, out_dtype)
+    launch_packed_forward(gate_up, y, "swish", gate_first, interleaved, (alpha, limit))
+    return y
+
+
+def clamped_packed_triton_bwd(
+    dy: torch.Tensor,
+    gate_up: torch.Tensor,
+    alpha: float,
+    limit: float,
+    gate_first: bool,
+    interleaved: bool,
+    need_gate_up: bool,
+) -> torch.Tensor:
+    """d(gate_up) of the clamped form, one buffer, by a kernel."""
+    if not need_gate_up or not launchable(gate_up, dy.dtype):
+        return clamped_packed_reference_bwd(
+            dy, gate_up, alpha, limit, gate_first, interleaved, need_gate_up
+        )
+    out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    launch_packed_backward(dy, gate_up, out, "swish", gate_first, interleaved, (alpha, limit))
+    return out
+
+
 def _fake_pair_fwd(gate: torch.Tensor, up: torch.Tensor, *rest: Any) -> torch.Tensor:
     return torch.empty_like(gate, dtype=rest[-1], memory_format=torch.contiguous_format)
 
@@ -242,6 +394,7 @@ OPS = (
         outputs=1,
         save=_save,
         reference=(glu_reference_fwd, glu_reference_bwd),
+        triton=(glu_triton_fwd, glu_triton_bwd),
         fake=(_fake_pair_fwd, _fake_pair_bwd),
     ),
     OpSpec(
@@ -253,6 +406,7 @@ OPS = (
         outputs=1,
         save=_save,
         reference=(packed_reference_fwd, packed_reference_bwd),
+        triton=(packed_triton_fwd, packed_triton_bwd),
         fake=(_fake_packed_fwd, _fake_packed_bwd),
     ),
     OpSpec(
@@ -264,6 +418,7 @@ OPS = (
         outputs=1,
         save=_save,
         reference=(clamped_reference_fwd, clamped_reference_bwd),
+        triton=(clamped_triton_fwd, clamped_triton_bwd),
         fake=(_fake_pair_fwd, _fake_pair_bwd),
     ),
     OpSpec(
@@ -275,6 +430,7 @@ OPS = (
         outputs=1,
         save=_save,
         reference=(clamped_packed_reference_fwd, clamped_packed_reference_bwd),
+        triton=(clamped_packed_triton_fwd, clamped_packed_triton_bwd),
         fake=(_fake_packed_fwd, _fake_packed_bwd),
     ),
 )

@@ -24,7 +24,8 @@ class OpSpec:
         forward: schema of the forward, e.g. ``"rms_norm(Tensor x, ...) -> (Tensor y, Tensor rstd)"``.
         backward: schema of the backward. Its leading arguments are the gradients of the
             differentiable outputs, its trailing ones the ``bool need_<input>`` flags in the order of
-            ``differentiable``; what lies between is given by ``save``.
+            ``differentiable``; what lies between is given by ``save``. Empty where nothing is
+            differentiable; the second of each pair of implementations is then not used.
         differentiable: names of the inputs that may receive a gradient.
         outputs: how many leading outputs are differentiable; the rest are statistics.
         save: maps (inputs by name, all outputs) to the backward's middle arguments. Tensors among

@@ -145,8 +145,10 @@ def register(spec: OpSpec, library: torch.library.Library) -> None:
     else:
         inner = spec.name
         library.define(spec.forward)
-    library.define(spec.backward)
-    kernels = {inner: 0, backward_name: 1}
+    kernels = {inner: 0}
+    if spec.backward:
+        library.define(spec.backward)
+        kernels[backward_name] = 1
     for name, which in kernels.items():
         library.impl(name, spec.reference[which], "CompositeExplicitAutograd")
         if spec.triton is not None:
@@ -154,6 +156,8 @@ def register(spec: OpSpec, library: torch.library.Library) -> None:
         torch.library.register_fake(f"{_NAMESPACE}::{name}", spec.fake[which], lib=library)
     namespace = getattr(torch.ops, _NAMESPACE)
     forward = getattr(namespace, inner).default
+    if not spec.backward:
+        return
     backward = getattr(namespace, backward_name).default
     arguments = _Arguments(spec, forward._schema)
     rule = _autograd_function(spec, forward, backward, arguments)

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from backends import backend, kernels  # noqa: F401  fixtures, after the choice above
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
