@@ -88,7 +88,7 @@ def _region_forward(cls: type[nn.Module], backend: Backend, session: Session) ->
     compiled = _compiled(inner, backend)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if wants_compiled(self, session):
+        if wants_compiled(self, session) and not session.hooked_since(self):
             return session.call(backend.kind, self, compiled, args, kwargs)
         return inner(self, *args, **kwargs)
 

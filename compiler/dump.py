@@ -6,7 +6,6 @@ import sys
 
 from torch import fx
 
-from fusewright.compiler import ir
 from fusewright.compiler.config import Environment
 from fusewright.compiler.records import GraphRecord
 
@@ -50,14 +49,5 @@ class Writer:
 
 
 def source(gm: fx.GraphModule) -> str:
-    """The graph as Python, each line behind the user's source line and the module it came from."""
-    lines = []
-    last = ""
-    for node in gm.graph.nodes:
-        where = ir.source_line(node)
-        path = ir.module_path(node)
-        if where and where != last:
-            lines.append(f"    # {path or 'region'}  {where}")
-            last = where
-        lines.append(f"    {node.format_node() or node.name}")
-    return "def region():\n" + "\n".join(lines) + "\n"
+    """The graph as Python, with the user's file, line and code as comments."""
+    return str(gm.graph.python_code("self", verbose=True).src)

@@ -18,6 +18,7 @@ from fusewright.compiler.records import GraphRecord
 from fusewright.runtime.module import uninstall
 
 RECOMPILE_LIMIT = 64
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def dynamo_settings(kind: str) -> Callable[[], Callable[[], None]]:
@@ -77,6 +78,8 @@ class Session:
         self.uncaptured: dict[str, str] = {}
         self.notes: list[str] = []
         self.bypass = False
+        self._hooks: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], int]]
+        self._hooks = weakref.WeakKeyDictionary()
         self.settings = {kind: dynamo_settings(kind) for kind in ("block", "leaf", "head")}
         self._running = ""
         self._ran: GraphRecord | None = None
@@ -121,6 +124,23 @@ class Session:
                     # Nothing to gain here: the original forward saves Dynamo's guards.
                     uninstall(module)
             self._running = outer
+
+    def hooked_since(self, module: nn.Module) -> bool:
+        """Whether hooks inside ``module`` changed since its first call; compiled code misses them."""
+        known = self._hooks.get(module)
+        if known is None:
+            tables = [
+                getattr(m, name) for m in module.modules() if m is not module for name in _HOOKS
+            ]
+            self._hooks[module] = tables, sum(map(len, tables))
+            return False
+        tables, count = known
+        if sum(map(len, tables)) == count:
+            return False
+        path = self.paths.get(module, "?")
+        self.uncaptured[path] = "a hook inside it was added or removed after it was compiled"
+        self.current.pop(path, None)
+        return True
 
     @contextmanager
     def bypassed(self) -> Any:

@@ -1,4 +1,4 @@
-"""Gated linear units: y = act(gate) up, and the clamped form of gpt-oss.
+"""Gated linear units: y = act(gate) up, and their clamped form.
 
 Shapes: gate, up, y (..., F); packed: gate_up (..., 2F), either the halves [gate | up] (or
 [up | gate]) or interleaved pairs gate_0, up_0, gate_1, up_1, ... Saved: gate and up, or gate_up;
@@ -14,7 +14,7 @@ Clamped (limit L > 0, slope parameter alpha), with g = min(gate, L) and u = min(
     dgate = dy (u + 1) (g s(alpha g))' [gate <= L]      dup = dy g s(alpha g) [-L <= up <= L]
 A value exactly at the limit keeps its gradient, as torch.clamp does.
 
-Sources: N. Shazeer, "GLU Variants Improve Transformer", 2020; the gpt-oss model card, 2025.
+Sources: N. Shazeer, "GLU Variants Improve Transformer", 2020; the clamped form: OpenAI model card, August 2025.
 Traffic per element of y: forward reads two and writes one; backward reads three and writes two.
 """
 

@@ -18,7 +18,7 @@ The backward is the transpose of that 2 x 2 matrix, which needs no c1 = c2 or s1
 Where it rounds: computed in float32 from the inputs as they are, rounded once at the output.
 cos and sin are tables; they receive no gradient.
 
-Source: J. Su et al., "RoFormer", 2021.
+Source: J. Su et al., "Enhanced Transformer with Rotary Position Embedding", 2021.
 Traffic: reads x and writes y once, both directions; the tables once for all heads.
 """
 

@@ -51,6 +51,7 @@ _METADATA = frozenset(
         ),
     }
 )
+_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _CASTS = {
     torch.Tensor.float: torch.float32,
     torch.Tensor.double: torch.float64,
@@ -68,6 +69,7 @@ class LazyLogits(torch.Tensor):
         sizes: the tensor's shape.
         dtype: the tensor's dtype.
         attached: whether the computed tensor takes part in autograd.
+        casts: dtypes that what ``compute`` gives is cast to, one after the other.
     """
 
     @staticmethod
@@ -78,6 +80,7 @@ class LazyLogits(torch.Tensor):
         sizes: Sequence[int],
         dtype: torch.dtype,
         attached: bool = True,
+        casts: tuple[torch.dtype, ...] = (),
     ) -> LazyLogits:
         device = next(t.device for t in leaves if isinstance(t, torch.Tensor))
         lazy: LazyLogits = torch.Tensor._make_wrapper_subclass(
@@ -92,11 +95,13 @@ class LazyLogits(torch.Tensor):
         sizes: Sequence[int],
         dtype: torch.dtype,
         attached: bool = True,
+        casts: tuple[torch.dtype, ...] = (),
     ) -> None:
         self._compute = compute
         self._leaves = tuple(leaves)
         self._versions = [t._version for t in leaves if isinstance(t, torch.Tensor)]
         self._attached = attached
+        self._casts = casts
         self._sizes = tuple(sizes)
         self._known: torch.Tensor | None = None
 
@@ -120,11 +125,15 @@ class LazyLogits(torch.Tensor):
         if not self._attached:
             leaves = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in leaves)
         with torch._C.DisableTorchFunctionSubclass():
-            self._known = self._compute(*leaves).to(self.dtype)
+            known = self._compute(*leaves)
+            for dtype in self._casts:
+                known = known.to(dtype)
+            self._known = known
         return self._known
 
     def _derive(self, dtype: torch.dtype, attached: bool) -> LazyLogits:
-        return LazyLogits(self._compute, self._leaves, self._sizes, dtype, attached)
+        casts = self._casts if dtype == self.dtype else (*self._casts, dtype)
+        return LazyLogits(self._compute, self._leaves, self._sizes, dtype, attached, casts)
 
     @property
     def materialized(self) -> bool:
@@ -141,7 +150,7 @@ class LazyLogits(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if lazy is not None and not lazy.materialized:
-            if func is torch.Tensor.requires_grad.__get__:
+            if func == _REQUIRES_GRAD:
                 return lazy._attached and any(
                     isinstance(t, torch.Tensor) and t.requires_grad for t in lazy._leaves
                 )
@@ -149,9 +158,9 @@ class LazyLogits(torch.Tensor):
                 return lazy._derive(_CASTS[func], lazy._attached)
             if func is torch.Tensor.detach:
                 return lazy._derive(lazy.dtype, False)
-            if func is torch.Tensor.to and len(args) == 2 and not kwargs:
-                if isinstance(args[1], torch.dtype) and args[1].is_floating_point:
-                    return lazy._derive(args[1], lazy._attached)
+            plain = func is torch.Tensor.to and len(args) == 2 and not kwargs
+            if plain and isinstance(args[1], torch.dtype) and args[1].is_floating_point:
+                return lazy._derive(args[1], lazy._attached)
         args, kwargs = tree_map_only(LazyLogits, LazyLogits.materialize, (args, kwargs))
         return func(*args, **kwargs)
 

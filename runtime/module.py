@@ -9,6 +9,7 @@ checkpoint encloses the installed forward.
 from __future__ import annotations
 
 import copy
+import copyreg
 from collections.abc import Callable
 from typing import Any
 
@@ -49,9 +50,9 @@ def subclass(cls: type[nn.Module], forward: Callable[..., Any], owner: object) -
     """A subclass of ``cls`` whose forward is ``forward`` and that belongs to ``owner``."""
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        reduced = list(super(made, self).__reduce_ex__(protocol))
-        reduced[1] = tuple(cls if a is made else a for a in reduced[1])
-        return tuple(reduced)
+        # Protocol 2's form checks that the object has the class it names; this older one does not.
+        state = super(made, self).__reduce_ex__(protocol)[2]
+        return copyreg._reconstructor, (cls, object, None), state  # type: ignore[attr-defined]
 
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
         inherited = getattr(super(made, self), "__deepcopy__", None)

@@ -83,7 +83,9 @@ def test_reads_as_eagers(both: tuple[Any, Any], use: Use) -> None:
     got = use(ours(**models.batch()).logits)
     wanted = use(eager(**models.batch()).logits)
     assert got.shape == wanted.shape and got.dtype == wanted.dtype
-    torch.testing.assert_close(got.detach(), wanted.detach(), rtol=1e-5, atol=1e-5)
+    # The hidden states differ in float32's last bit, which may turn over a bf16 rounding.
+    eps = torch.finfo(got.dtype).eps if got.is_floating_point() else 0.0
+    torch.testing.assert_close(got.detach(), wanted.detach(), rtol=max(eps, 1e-5), atol=1e-5)
 
 
 def test_costs_nothing_until_read(both: tuple[Any, Any]) -> None:
