@@ -55,7 +55,7 @@ def defer(graph: fx.Graph, candidate: Candidate, allowed: frozenset[fx.Node]) ->
     outputs = _outputs(graph)
     index = next(i for i, n in enumerate(outputs) if n in allowed and n in candidate.nodes)
     value = outputs[index]
-    inputs = [n for n in candidate.inputs.values() if n is not None]
+    inputs = [n for n in candidate.sources.values() if n is not None and n not in candidate.nodes]
     inner, leaves = _extract(value, candidate.nodes, inputs)
     shape = tuple(_read_size(s, leaves) for s in ir.shape(value))
     if any(s is None for s in shape):

@@ -29,7 +29,7 @@ def check(candidate: Candidate, graph: fx.Graph, deferrable: frozenset[fx.Node])
     """
     position = {node: i for i, node in enumerate(graph.nodes)}
     _uses_outside(candidate, deferrable)
-    inputs = [n for n in candidate.inputs.values() if n is not None]
+    inputs = _read_outside(candidate)
     users = [u for out in candidate.outputs for u in out.users if u not in candidate.nodes]
     if not users:
         raise Illegal("its result is not used")
@@ -39,6 +39,10 @@ def check(candidate: Candidate, graph: fx.Graph, deferrable: frozenset[fx.Node])
         raise Illegal("an input is made only after a result is used")
     _mutation(candidate, position, position[first_user])
     return first_user
+
+
+def _read_outside(candidate: Candidate) -> list[fx.Node]:
+    return [n for n in candidate.sources.values() if n is not None and n not in candidate.nodes]
 
 
 def _uses_outside(candidate: Candidate, deferrable: frozenset[fx.Node]) -> None:
@@ -106,7 +110,7 @@ def _mutation(candidate: Candidate, position: dict[fx.Node, int], insertion: int
     graph = next(iter(candidate.nodes)).graph
     first = min(position[n] for n in candidate.nodes)
     inner = {storage_root(n) for n in candidate.nodes}
-    read = {storage_root(n) for n in candidate.inputs.values() if n is not None}
+    read = {storage_root(n) for n in _read_outside(candidate)}
     for node, root in mutations(graph):
         where = ir.source_line(node) or node.name
         if node in candidate.nodes or (root in inner and root in candidate.nodes):

@@ -60,32 +60,24 @@ class Miss:
 
 
 def find(
-    pattern: Pattern, graph: fx.Graph, taken: set[fx.Node], deferrable: frozenset[fx.Node]
+    pattern: Pattern, graph: fx.Graph, deferrable: frozenset[fx.Node]
 ) -> Iterator[Match | Miss]:
-    """Every site of one pattern; the caller rewrites each match before asking for the next.
-
-    ``taken`` holds nodes that earlier matches claimed and is extended by the caller.
-    """
+    """Every site of one pattern; the caller rewrites each match before asking for the next."""
     for anchor in list(pattern.anchors(graph)):
-        if anchor in taken or anchor.graph is not graph or anchor._erased:
-            continue
-        yield _site(pattern, anchor, graph, taken, deferrable)
+        if not anchor._erased:  # by the rewrite of an earlier site, q's together with k's
+            yield _site(pattern, anchor, graph, deferrable)
 
 
 def _site(
     pattern: Pattern,
     anchor: fx.Node,
     graph: fx.Graph,
-    taken: set[fx.Node],
     deferrable: frozenset[fx.Node],
 ) -> Match | Miss:
     started = time.perf_counter()
     step, reason = "grow", "nothing grew from the anchor"
     try:
         for candidate in pattern.candidates(anchor):
-            if candidate.nodes & taken:
-                step, reason = "legality", "part of it was taken by another rewrite"
-                continue
             try:
                 proof = prove(candidate)
                 before = legality.check(candidate, graph, deferrable)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +42,7 @@ def compile_graph(
         return _compile(gm, example_inputs, session, record)
     except Exception as error:
         # Whatever goes wrong in compiling, training goes on with the graph as captured.
-        record.failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0:1]}"
+        record.failure = _describe(error)
         record.matches.clear()
         log.debug("region %s left as captured", region, exc_info=True)
         if session.options.strict:
@@ -86,19 +87,17 @@ def match_and_rewrite(
 ) -> lazy.Deferred | None:
     """Rewrite every proven and legal match in place; returns what is to be handed out lazily."""
     graph = gm.graph
-    taken: set[fx.Node] = set()
     wanted = session.options.logits == "lazy" and record.kind == "head"
     deferrable = lazy.deferrable(graph) if wanted else frozenset()
     deferred = None
     for pattern in session.options.patterns:
-        for found in find(pattern, graph, taken, deferrable):
+        for found in find(pattern, graph, deferrable):
             if not isinstance(found, Match):
                 record.misses.append(found)
                 continue
             if deferrable & found.candidate.nodes:
                 deferred = lazy.defer(graph, found.candidate, deferrable)
             rewrite.apply(found, graph)
-            taken |= found.candidate.nodes
             record.matches.append(found)
     graph.eliminate_dead_code()
     graph.lint()
@@ -131,6 +130,14 @@ def _verified(
         return chosen[0](*args)
 
     return first
+
+
+def _describe(error: Exception) -> str:
+    """The error's first line and where in the code it arose."""
+    lines = str(error).strip().splitlines()
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
+    return f"{type(error).__name__} at {where}: {lines[0] if lines else ''}"
 
 
 def _tracked(run: Callable[..., Any], session: Session, record: GraphRecord) -> Callable[..., Any]:

@@ -35,7 +35,10 @@ class Candidate:
 
     Attributes:
         nodes: the calls that the rewrite removes.
-        inputs: role -> node read by the region (None: the role is absent).
+        inputs: role -> node that the proof starts from (None: the role is absent).
+        reads: role -> further node that the replacement reads. A projection that is replaced as it
+            stands need not be proven: the proof starts from its result and ``reads`` names its
+            operands.
         outputs: nodes of the region that are used outside, in the formula's order.
         formula: (inputs by role, rounder) -> outputs; plain differentiable PyTorch.
         emit: (graph, inputs by role) -> the replacement nodes, in the order of ``outputs``.
@@ -59,6 +62,12 @@ class Candidate:
     share: int = 1
     kernel: str = ""
     constant: tuple[str, ...] = ()
+    reads: Mapping[str, fx.Node | None] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> dict[str, fx.Node | None]:
+        """Every role that the replacement may read."""
+        return {**self.inputs, **self.reads}
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def apply(match: Match, graph: fx.Graph) -> tuple[fx.Node, ...]:
     """Replace the match's region; returns the nodes that stand for its outputs."""
     candidate = match.candidate
     with graph.inserting_before(match.before):
-        results = tuple(candidate.emit(graph, dict(candidate.inputs)))
+        results = tuple(candidate.emit(graph, candidate.sources))
     for old, new in zip(candidate.outputs, results, strict=True):
         expected, got = ir.value(old), ir.value(new)
         if expected.dtype != got.dtype or len(expected.shape) != len(got.shape):

@@ -196,13 +196,11 @@ def _as_recorded(graph: fx.Graph, made: fx.Node, out: fx.Node) -> fx.Node:
 def _fused(loss: _Loss, linear: fx.Node) -> Candidate:
     x, weight = linear.args[:2]
     bias = linear.args[2] if len(linear.args) > 2 else None
-    inputs = {"x": x, "weight": weight, "bias": bias, "labels": loss.labels}
-    inputs["denominator"] = loss.denominator
+    inputs = {"logits": linear, "labels": loss.labels, "denominator": loss.denominator}
     classes = ir.shape(weight)[0]  # type: ignore[arg-type]
 
     def formula(t: dict[str, Any], rounder: Rounder) -> list[torch.Tensor]:
-        logits = F.linear(t["x"], t["weight"], t["bias"])
-        return [_formula(loss, logits.reshape(-1, logits.shape[-1]), t)]
+        return [_formula(loss, t["logits"].reshape(-1, t["logits"].shape[-1]), t)]
 
     def emit(graph: fx.Graph, read: Mapping[str, Any]) -> list[fx.Node]:
         rows = call(graph, aten.reshape.default, (read["x"], [-1, ir.last(read["x"])]), linear)
@@ -215,7 +213,8 @@ def _fused(loss: _Loss, linear: fx.Node) -> Candidate:
 
     return Candidate(
         nodes=loss.nodes,
-        inputs=inputs,  # type: ignore[arg-type]
+        inputs=inputs,
+        reads={"x": x, "weight": weight, "bias": bias},
         outputs=(loss.out,),
         formula=formula,
         emit=emit,

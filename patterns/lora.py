@@ -173,14 +173,14 @@ def _candidate(
 ) -> Candidate:
     x = adapters[0].x
     scales = [a.scale for a in adapters]
-    inputs: dict[str, fx.Node | None] = {"x": x, "weight": base.args[1]}  # type: ignore[dict-item]
-    inputs["bias"] = base.args[2] if len(base.args) > 2 else None  # type: ignore[assignment]
+    bias: Any = base.args[2] if len(base.args) > 2 else None
+    inputs: dict[str, fx.Node | None] = {"x": x, "base": base}
     for i, adapter in enumerate(adapters):
         inputs[f"a{i}"], inputs[f"b{i}"] = adapter.down, adapter.up
     out_dtype = ir.dtype(out)
 
     def formula(t: dict[str, Any], rounder: Rounder) -> list[torch.Tensor]:
-        y = F.linear(t["x"], t["weight"], t["bias"])
+        y = t["base"]
         for i, scale in enumerate(scales):
             y = y + scale * F.linear(F.linear(t["x"], t[f"a{i}"]), t[f"b{i}"])
         return [y]
@@ -195,6 +195,7 @@ def _candidate(
     return Candidate(
         nodes=nodes,
         inputs=inputs,
+        reads={"weight": base.args[1], "bias": bias},  # type: ignore[dict-item]
         outputs=(out,),
         formula=formula,
         emit=emit,

@@ -45,7 +45,12 @@ class RMSNorm:
     def anchors(self, graph: fx.Graph) -> Iterator[fx.Node]:
         """Inverse square roots of something of width one, and torch's own rms_norm."""
         for node in ir.calls(graph):
-            if ir.is_call(node, aten.rms_norm.default) or _inverse_root(node) and ir.is_floating(node) and ir.last(node) == 1:
+            if (
+                ir.is_call(node, aten.rms_norm.default)
+                or _inverse_root(node)
+                and ir.is_floating(node)
+                and ir.last(node) == 1
+            ):
                 yield node
 
     def candidates(self, anchor: fx.Node) -> Iterator[Candidate]:
