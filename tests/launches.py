@@ -138,9 +138,9 @@ def _main(module: str) -> None:
 
     results = []
     with _compiling() as made:
-        for target in TARGETS:
+        for target, shared in TARGETS.items():
             driver.set_active(_Driver(target))
-            limits = device.Limits(132, TARGETS[target], 64 if target.startswith("gfx") else 32)
+            limits = device.Limits(132, shared, 64 if target.startswith("gfx") else 32)
             device.limits = functools.partial(lambda found, _: found, limits)
             for label, launch in importlib.import_module(module).launches():
                 first = len(made)
