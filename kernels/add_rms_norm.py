@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fusewright.kernels import rms_norm
+from fusewright.kernels import norm_launch, rms_norm
 from fusewright.kernels.reduce import absent, compute_dtype
 from fusewright.kernels.rows import check_like, empty_rows
 from fusewright.kernels.spec import OpSpec
@@ -73,6 +73,48 @@ def reference_bwd(
     return empty_rows(total, total.dtype).copy_(d), dweight
 
 
+def triton_fwd(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    cast: str,
+    out_dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, s and rstd on the GPU. y is ``out`` if given: of x's shape, its last dimension contiguous."""
+    check(x, residual, weight, cast)
+    if not norm_launch.launchable(x, weight, out_dtype):
+        y, total, rstd = reference_fwd(x, residual, weight, eps, offset, cast, out_dtype)
+        return (y if out is None else out.copy_(y)), total, rstd
+    rest = (eps, offset, cast, out_dtype, False, out)
+    done = norm_launch.forward(x, residual, weight, None, *rest)
+    assert done.sum is not None
+    return done.y, done.sum, done.rstd
+
+
+def triton_bwd(
+    dy: torch.Tensor,
+    dsum: torch.Tensor,
+    total: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    offset: float,
+    cast: str,
+    need_x: bool,
+    need_residual: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of x and of residual, and dweight, on the GPU."""
+    needs = (need_x, need_residual, need_weight)
+    if not norm_launch.launchable(total, weight, dy, dsum):
+        return reference_bwd(dy, dsum, total, weight, rstd, offset, cast, *needs)
+    rest = (None, rstd, offset, cast, need_x or need_residual, need_weight)
+    done = norm_launch.backward(dy, dsum, total, weight, None, *rest)
+    return done.dx, done.dweight
+
+
 def _fake_fwd(
     x: torch.Tensor,
     residual: torch.Tensor,
@@ -119,6 +161,7 @@ OPS = (
         outputs=2,
         save=_save,
         reference=(reference_fwd, reference_bwd),
+        triton=(triton_fwd, triton_bwd),
         fake=(_fake_fwd, _fake_bwd),
         gradients=(0, 0, 1),
     ),

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from fusewright.kernels import norm_launch
 from fusewright.kernels.reduce import absent, compute_dtype
 from fusewright.kernels.rms_norm import gain, round_through, row_mean
 from fusewright.kernels.rows import check_cast, check_rows, check_vector, empty_rows
@@ -100,6 +101,47 @@ def reference_bwd(
     return dx, dweight, dbias
 
 
+def triton_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    cast: str,
+    out_dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, mean and rstd on the GPU. y is ``out`` if given: of x's shape, last dimension contiguous."""
+    check(x, weight, bias, cast)
+    if not norm_launch.launchable(x, weight, bias, out_dtype):
+        y, mean, rstd = reference_fwd(x, weight, bias, eps, offset, cast, out_dtype)
+        return (y if out is None else out.copy_(y)), mean, rstd
+    done = norm_launch.forward(x, None, weight, bias, eps, offset, cast, out_dtype, True, out)
+    assert done.mean is not None
+    return done.y, done.mean, done.rstd
+
+
+def triton_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    offset: float,
+    cast: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx, dweight and dbias on the GPU."""
+    rest = (mean, rstd, offset, cast, need_x, need_weight, need_bias)
+    if not norm_launch.launchable(x, weight, bias, dy):
+        return reference_bwd(dy, x, weight, bias, *rest)
+    done = norm_launch.backward(dy, None, x, weight, bias, *rest)
+    return done.dx, done.dweight, done.dbias
+
+
 def _fake_fwd(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -150,6 +192,7 @@ OPS = (
         outputs=1,
         save=_save,
         reference=(reference_fwd, reference_bwd),
+        triton=(triton_fwd, triton_bwd),
         fake=(_fake_fwd, _fake_bwd),
     ),
 )

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from fusewright.kernels import norm_launch
 from fusewright.kernels.reduce import absent, compute_dtype
 from fusewright.kernels.rows import check_cast, check_rows, check_vector, empty_rows
 from fusewright.kernels.spec import OpSpec
@@ -102,6 +103,42 @@ def reference_bwd(
     return dx, dweight
 
 
+def triton_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    cast: str,
+    out_dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and rstd on the GPU. y is ``out`` if given: of x's shape, its last dimension contiguous."""
+    check(x, weight, cast)
+    if not norm_launch.launchable(x, weight, out_dtype):
+        y, rstd = reference_fwd(x, weight, eps, offset, cast, out_dtype)
+        return (y if out is None else out.copy_(y)), rstd
+    done = norm_launch.forward(x, None, weight, None, eps, offset, cast, out_dtype, False, out)
+    return done.y, done.rstd
+
+
+def triton_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    offset: float,
+    cast: str,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx and dweight on the GPU."""
+    if not norm_launch.launchable(x, weight, dy):
+        return reference_bwd(dy, x, weight, rstd, offset, cast, need_x, need_weight)
+    rest = (None, rstd, offset, cast, need_x, need_weight)
+    done = norm_launch.backward(dy, None, x, weight, None, *rest)
+    return done.dx, done.dweight
+
+
 def _fake_fwd(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -144,6 +181,7 @@ OPS = (
         outputs=1,
         save=_save,
         reference=(reference_fwd, reference_bwd),
+        triton=(triton_fwd, triton_bwd),
         fake=(_fake_fwd, _fake_bwd),
     ),
 )

@@ -1,0 +1,266 @@
+"""Triton kernels of the row norms; the mathematics is in rms_norm, add_rms_norm and layer_norm.
+
+A program takes tiles of ROWS whole rows, kept in registers between the statistics and the output.
+Row ``i`` of a tensor lies at ``(i // inner) * outer stride + (i % inner) * inner stride``, which
+covers every head of a slice of a fused projection; statistics and gradients are dense, row ``i`` at
+``i * width``. Offsets are 64 bits wide. With LOOP, a few programs per multiprocessor walk over the
+tiles and keep the weight, and the sums of its gradient, in registers.
+
+Gradients of weight and bias: every program sums the rows that it took in the order of the loop and
+writes one row of partial sums; ``column_sums`` adds those rows in a fixed order. The result depends
+on the number of programs, which the shapes decide, and on nothing else.
+"""
+
+from __future__ import annotations
+
+from fusewright.kernels.launch import tl, triton
+
+
+@triton.jit
+def _offset(row, inner, outer_stride, inner_stride):
+    """Where the rows of a tile begin, as a column."""
+    outer = row // inner
+    at = outer.to(tl.int64) * outer_stride + (row - outer * inner).to(tl.int64) * inner_stride
+    return at[:, None]
+
+
+@triton.jit
+def _mean(t, width):
+    """The mean of each row as a column, correctly rounded from its sum."""
+    return tl.div_rn(tl.sum(t, 1), tl.full([t.shape[0]], 0.0, tl.float32) + width)[:, None]
+
+
+@triton.jit
+def _vector(ptr, columns, inside):
+    """The weight or the bias, which every row needs again."""
+    return tl.load(ptr + columns, mask=inside, other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def _hoisted(ptr, columns, inside, HOIST: tl.constexpr):
+    """The vector if there is one and it is to stay in registers from tile to tile."""
+    if ptr is None or not HOIST:
+        return tl.zeros([1, 1], tl.float32)
+    else:
+        return _vector(ptr, columns, inside)
+
+
+@triton.jit
+def _mask(row, rows, inside, EVEN: tl.constexpr):
+    there = (row < rows)[:, None]
+    return there if EVEN else there & inside
+
+
+@triton.jit
+def _columns_of(t, ROWS: tl.constexpr):
+    """The sums of the columns of a tile."""
+    return t if ROWS == 1 else tl.sum(t, 0)[None, :]
+
+
+@triton.jit
+def _forward_tile(
+    first, weight, bias, columns, inside, HOIST: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr,
+    rows, width, inner, x_outer, x_inner, residual_outer, residual_inner, y_outer, y_inner, eps,
+    OFFSET: tl.constexpr, CENTERED: tl.constexpr, ROUND_INPUT: tl.constexpr,
+    ROWS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    row = first + tl.arange(0, ROWS)
+    there = (row < rows)[:, None]
+    mask = _mask(row, rows, inside, EVEN)
+    t = tl.load(x_ptr + (_offset(row, inner, x_outer, x_inner) + columns), mask=mask, other=0.0)
+    x = t.to(tl.float32)
+    if residual_ptr is not None:
+        at = _offset(row, inner, residual_outer, residual_inner) + columns
+        t = (x + tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)).to(t.dtype)
+        tl.store(sum_ptr + (row.to(tl.int64)[:, None] * width + columns), t, mask=mask)
+        x = t.to(tl.float32)
+    if CENTERED:
+        mean = _mean(x, width)
+        tl.store(mean_ptr + row[:, None], mean, mask=there)
+        x = x - mean
+        x = x if EVEN else tl.where(inside, x, 0.0)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(_mean(x * x, width) + eps))
+    tl.store(rstd_ptr + row[:, None], rstd, mask=there)
+    y = x * rstd
+    if ROUND_INPUT:
+        y = y.to(t.dtype).to(tl.float32)
+    if weight_ptr is not None:
+        w = weight if HOIST else _vector(weight_ptr, columns, inside)
+        y = y * (w.to(tl.float32) + OFFSET)
+    if bias_ptr is not None:
+        b = bias if HOIST else _vector(bias_ptr, columns, inside)
+        y += b.to(tl.float32)
+    at = _offset(row, inner, y_outer, y_inner) + columns
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def norm_forward(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr,
+    rows, width, inner, x_outer, x_inner, residual_outer, residual_inner, y_outer, y_inner, eps,
+    OFFSET: tl.constexpr, CENTERED: tl.constexpr, ROUND_INPUT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
+    LOOP: tl.constexpr, STAGES: tl.constexpr, HOIST: tl.constexpr,
+):  # fmt: skip
+    """y, the statistics, and the sum with the residual where there is one."""
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = columns < width
+    weight = _hoisted(weight_ptr, columns, inside, HOIST)
+    bias = _hoisted(bias_ptr, columns, inside, HOIST)
+    start = tl.program_id(0) * ROWS
+    if LOOP:
+        for first in tl.range(start, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
+            _forward_tile(
+                first, weight, bias, columns, inside, HOIST,
+                x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr,
+                rows, width, inner, x_outer, x_inner, residual_outer, residual_inner,
+                y_outer, y_inner, eps, OFFSET, CENTERED, ROUND_INPUT, ROWS, EVEN,
+            )  # fmt: skip
+    else:
+        _forward_tile(
+            start, weight, bias, columns, inside, HOIST,
+            x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr,
+            rows, width, inner, x_outer, x_inner, residual_outer, residual_inner,
+            y_outer, y_inner, eps, OFFSET, CENTERED, ROUND_INPUT, ROWS, EVEN,
+        )  # fmt: skip
+
+
+@triton.jit
+def _backward_tile(
+    first, weight, dweight, dbias, columns, inside, HOIST: tl.constexpr,
+    dy_ptr, dsum_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr,
+    rows, width, inner, dy_outer, dy_inner, dsum_outer, dsum_inner, x_outer, x_inner,
+    OFFSET: tl.constexpr, CENTERED: tl.constexpr, ROUND_INPUT: tl.constexpr,
+    ROWS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    row = first + tl.arange(0, ROWS)
+    there = (row < rows)[:, None]
+    mask = _mask(row, rows, inside, EVEN)
+    t = tl.load(x_ptr + (_offset(row, inner, x_outer, x_inner) + columns), mask=mask, other=0.0)
+    at = _offset(row, inner, dy_outer, dy_inner) + columns
+    g = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    rstd = tl.load(rstd_ptr + row[:, None], mask=there, other=0.0)
+    xhat = t.to(tl.float32)
+    if CENTERED:
+        xhat -= tl.load(mean_ptr + row[:, None], mask=there, other=0.0)
+        xhat = xhat if EVEN else tl.where(inside, xhat, 0.0)
+    xhat = xhat * rstd
+    if dweight_ptr is not None:
+        kept = xhat.to(t.dtype).to(tl.float32) if ROUND_INPUT else xhat
+        dweight += g * kept
+    if dbias_ptr is not None:
+        dbias += g
+    if dx_ptr is not None:
+        if weight_ptr is not None:
+            w = weight if HOIST else _vector(weight_ptr, columns, inside)
+            g = g * (w.to(tl.float32) + OFFSET)
+        d = g - xhat * _mean(g * xhat, width)
+        if CENTERED:
+            d -= _mean(g, width)
+        d = d * rstd
+        if dsum_ptr is not None:
+            at = _offset(row, inner, dsum_outer, dsum_inner) + columns
+            d += tl.load(dsum_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        at = row.to(tl.int64)[:, None] * width + columns
+        tl.store(dx_ptr + at, d.to(dx_ptr.dtype.element_ty), mask=mask)
+    return dweight, dbias
+
+
+@triton.jit
+def norm_backward(
+    dy_ptr, dsum_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr,
+    rows, width, inner, dy_outer, dy_inner, dsum_outer, dsum_inner, x_outer, x_inner,
+    OFFSET: tl.constexpr, CENTERED: tl.constexpr, ROUND_INPUT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
+    LOOP: tl.constexpr, STAGES: tl.constexpr, HOIST: tl.constexpr,
+):  # fmt: skip
+    """dx, and one row of partial sums of the gradients of weight and bias per program."""
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = columns < width
+    weight = _hoisted(weight_ptr, columns, inside, HOIST)
+    dweight = tl.zeros([ROWS, 1 if dweight_ptr is None else BLOCK], tl.float32)
+    dbias = tl.zeros([ROWS, 1 if dbias_ptr is None else BLOCK], tl.float32)
+    start = tl.program_id(0) * ROWS
+    if LOOP:
+        for first in tl.range(start, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
+            dweight, dbias = _backward_tile(
+                first, weight, dweight, dbias, columns, inside, HOIST,
+                dy_ptr, dsum_ptr, x_ptr, weight_ptr,
+                mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr, rows, width, inner,
+                dy_outer, dy_inner, dsum_outer, dsum_inner, x_outer, x_inner,
+                OFFSET, CENTERED, ROUND_INPUT, ROWS, EVEN,
+            )  # fmt: skip
+    else:
+        dweight, dbias = _backward_tile(
+            start, weight, dweight, dbias, columns, inside, HOIST,
+            dy_ptr, dsum_ptr, x_ptr, weight_ptr,
+            mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr, rows, width, inner,
+            dy_outer, dy_inner, dsum_outer, dsum_inner, x_outer, x_inner,
+            OFFSET, CENTERED, ROUND_INPUT, ROWS, EVEN,
+        )  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * width + columns
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + at, _columns_of(dweight, ROWS), mask=inside)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + at, _columns_of(dbias, ROWS), mask=inside)
+
+
+@triton.jit
+def weight_gradients(
+    dy_ptr, x_ptr, mean_ptr, rstd_ptr, dweight_ptr, dbias_ptr,
+    rows, width, inner, dy_outer, dy_inner, x_outer, x_inner, blocks,
+    CENTERED: tl.constexpr, ROUND_INPUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Partial sums as in ``norm_backward`` where a whole row of them does not fit in registers.
+
+    A program takes BLOCK columns of every tile that is its turn.
+    """
+    split, splits = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
+    columns = (tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = columns < width
+    dweight = tl.zeros([ROWS, BLOCK], tl.float32)
+    dbias = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(split * ROWS, rows, splits * ROWS):
+        row = first + tl.arange(0, ROWS)
+        there = (row < rows)[:, None]
+        mask = there & inside
+        at = _offset(row, inner, dy_outer, dy_inner) + columns
+        g = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if dweight_ptr is not None:
+            at = _offset(row, inner, x_outer, x_inner) + columns
+            t = tl.load(x_ptr + at, mask=mask, other=0.0)
+            xhat = t.to(tl.float32)
+            if CENTERED:
+                xhat -= tl.load(mean_ptr + row[:, None], mask=there, other=0.0)
+            xhat *= tl.load(rstd_ptr + row[:, None], mask=there, other=0.0)
+            if ROUND_INPUT:
+                xhat = xhat.to(t.dtype).to(tl.float32)
+            dweight += g * xhat
+        if dbias_ptr is not None:
+            dbias += g
+    at = split.to(tl.int64) * width + columns
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + at, _columns_of(dweight, ROWS), mask=inside)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + at, _columns_of(dbias, ROWS), mask=inside)
+
+
+@triton.jit
+def column_sums(
+    partial_ptr, first_ptr, second_ptr, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Sum the ``rows`` partial rows of one gradient, or of two that lie one behind the other."""
+    which = tl.program_id(1)
+    columns = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = columns < width
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(0, rows, ROWS):
+        row = (first + tl.arange(0, ROWS))[:, None]
+        at = (which * rows + row).to(tl.int64) * width + columns
+        total += tl.load(partial_ptr + at, mask=(row < rows) & inside, other=0.0)
+    result = tl.sum(total, 0)[None, :]
+    if which == 0:
+        tl.store(first_ptr + columns, result.to(first_ptr.dtype.element_ty), mask=inside)
+    elif second_ptr is not None:
+        tl.store(second_ptr + columns, result.to(second_ptr.dtype.element_ty), mask=inside)

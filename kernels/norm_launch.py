@@ -1,0 +1,329 @@
+"""Launches of the row norms' kernels: row strides, tiles, and buffers of partial sums.
+
+Tiles depend on the shapes, the dtypes and the device, never on a measurement or on what else runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from fusewright.kernels import device
+from fusewright.kernels.device import Limits
+from fusewright.kernels.launch import HAS_TRITON, on_device_of
+from fusewright.kernels.norm_kernels import (
+    column_sums,
+    norm_backward,
+    norm_forward,
+    weight_gradients,
+)
+from fusewright.kernels.reduce import absent
+from fusewright.kernels.rows import empty_ordered, empty_rows, leading_order
+
+MAX_WIDTH = 16384
+_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
+Maybe = torch.Tensor | None
+
+
+class Tile(NamedTuple):
+    """How a norm is cut: rows and warps of a tile; the loop; whether the weight stays in registers.
+
+    With ``per_sm`` programs per multiprocessor each walks over the tiles and has the next ones in
+    flight (``stages`` - 1 of them, in shared memory); with 0 there are as many programs as tiles.
+    """
+
+    rows: int
+    warps: int
+    per_sm: int = 0
+    stages: int = 1
+    hoist: bool = False
+
+
+def launchable(x: torch.Tensor, *others: torch.Tensor | torch.dtype | None) -> bool:
+    """Whether the kernels take rows of ``x`` with these; otherwise the reference does."""
+    dtypes = (o.dtype if isinstance(o, torch.Tensor) else o for o in others if o is not None)
+    return (
+        HAS_TRITON
+        and x.numel() > 0
+        and x.shape[-1] <= MAX_WIDTH
+        and x.dtype in _DTYPES
+        and all(d in _DTYPES for d in dtypes)
+    )
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _warps(numbers: int, per_thread: int, limits: Limits) -> int:
+    """Warps that give each thread some numbers of a tile; four at least, 1024 threads at most."""
+    threads = max(128, min(1024, numbers // per_thread))
+    return threads // limits.warp
+
+
+def _stages(wanted: int, tile_bytes: int, limits: Limits) -> int:
+    """The stages for which shared memory has room beside what the reductions need."""
+    return max(1, min(wanted, 1 + (limits.shared - 4096) // tile_bytes))
+
+
+@functools.lru_cache(maxsize=512)
+def forward_tile(width: int, itemsize: int, inputs: int, limits: Limits) -> Tile:
+    """2048 numbers a tile at least, 16 to a thread; rows of 16384 numbers 32 to a thread."""
+    block = _power_of_two(width)
+    rows = max(1, min(16, 2048 // block))
+    return Tile(rows, _warps(rows * block, 32 if block > 8192 else 16, limits))
+
+
+@functools.lru_cache(maxsize=512)
+def backward_tile(width: int, itemsize: int, inputs: int, sums: int, limits: Limits) -> Tile:
+    """As the forward; with ``sums`` weight gradients, whose rows stay in registers, a loop."""
+    block = _power_of_two(width)
+    rows = max(1, min(16, 2048 // block))
+    if not sums:
+        return Tile(rows, _warps(rows * block, 16, limits))
+    warps = _warps(rows * block, 32 if block > 4096 else 16, limits)
+    per_sm = max(1, min(4, 24 // (warps * limits.warp // 32)))
+    stages = _stages(2, rows * block * itemsize * (inputs + 1), limits)
+    return Tile(rows, warps, per_sm, stages)
+
+
+def sums_fit(width: int, itemsize: int, sums: int) -> bool:
+    """Whether a row of partial sums fits in registers beside the rows that are read."""
+    return _power_of_two(width) * (itemsize * 3 + 4 * sums) <= 16384 * 10
+
+
+def _programs(tiles: int, per_sm: int, limits: Limits) -> int:
+    """As many programs as asked for, with the tiles spread evenly."""
+    if not per_sm:
+        return tiles
+    most = min(tiles, per_sm * limits.multiprocessors)
+    return -(-tiles // -(-tiles // most))
+
+
+class _Walk(NamedTuple):
+    """How to walk the rows of several tensors together.
+
+    Row i lies at (i // inner) * strides[0] + (i % inner) * strides[1], two strides per tensor; what
+    is dense in this order has its row i at i * width.
+    """
+
+    tensors: list[torch.Tensor]
+    inner: int
+    strides: list[int]
+
+
+def _two_levels(order: list[int], tensors: list[torch.Tensor]) -> _Walk | None:
+    """The walk in the given order of dimensions, or None where two strides do not describe it."""
+    shape = tensors[0].shape
+    if any(t.stride(-1) != 1 for t in tensors) and shape[-1] != 1:
+        return None
+    groups: list[tuple[int, int]] = []  # (innermost dimension, number of rows), from the inside
+    within = -1
+    for d in reversed([d for d in order if shape[d] != 1]):
+        if groups and all(t.stride(d) == t.stride(within) * shape[within] for t in tensors):
+            groups[-1] = (groups[-1][0], groups[-1][1] * shape[d])
+        elif len(groups) == 2:
+            return None
+        else:
+            groups.append((d, shape[d]))
+        within = d
+    if not groups:
+        return _Walk(tensors, 1, [0, 0] * len(tensors))
+    if len(groups) == 1:
+        return _Walk(tensors, 1, [s for t in tensors for s in (t.stride(groups[0][0]), 0)])
+    (low, inner), (high, _) = groups
+    return _Walk(tensors, inner, [s for t in tensors for s in (t.stride(high), t.stride(low))])
+
+
+def _walk(*tensors: torch.Tensor) -> _Walk:
+    """The walk in the first tensor's order in memory; copies of the tensors where there is none."""
+    if all(t.is_contiguous() for t in tensors):
+        return _Walk(list(tensors), 1, [tensors[0].shape[-1], 0] * len(tensors))
+    order = leading_order(tensors[0])
+    found = _two_levels(order, list(tensors))
+    if found is None:
+        dense = [empty_ordered(t, t.shape, order, t.dtype).copy_(t) for t in tensors]
+        found = _two_levels(order, dense)
+        assert found is not None, "dense rows have one stride"
+    return found
+
+
+def _in_order(statistic: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A saved statistic, dense in the order of the rows of ``x`` even if it was moved meanwhile."""
+    if x.is_contiguous() and statistic.is_contiguous():
+        return statistic
+    dense = empty_rows(x, statistic.dtype, statistic=True)
+    return statistic if statistic.stride() == dense.stride() else dense.copy_(statistic)
+
+
+def _dense(vector: Maybe) -> Maybe:
+    return None if vector is None else vector.contiguous()
+
+
+class Forward(NamedTuple):
+    """What the forward gives; the sum and the mean where the norm has them."""
+
+    y: torch.Tensor
+    sum: Maybe
+    mean: Maybe
+    rstd: torch.Tensor
+
+
+def forward(
+    x: torch.Tensor,
+    residual: Maybe,
+    weight: Maybe,
+    bias: Maybe,
+    eps: float,
+    offset: float,
+    cast: str,
+    out_dtype: torch.dtype,
+    centered: bool,
+    out: Maybe = None,
+) -> Forward:
+    """Normalise rows; with ``out`` (same shape, contiguous last dimension) y is written there."""
+    width = x.shape[-1]
+    rstd = empty_rows(x, torch.float32, statistic=True)
+    mean = empty_rows(x, torch.float32, statistic=True) if centered else None
+    total = None if residual is None else empty_rows(x, x.dtype)
+    inputs = (x,) if residual is None else (x, residual)
+    y = empty_rows(x, out_dtype) if out is None else out
+    walk = _walk(*inputs, y)
+    target = walk.tensors[-1]
+    strides = walk.strides if residual is not None else [*walk.strides[:2], 0, 0, *walk.strides[2:]]
+    rows = x.numel() // width
+    limits = device.limits(x.device)
+    tile = forward_tile(width, x.element_size(), len(inputs), limits)
+    block = _power_of_two(width)
+    with on_device_of(x):
+        norm_forward[(_programs(-(-rows // tile.rows), tile.per_sm, limits),)](
+            walk.tensors[0], None if residual is None else walk.tensors[1],
+            _dense(weight), _dense(bias), target, total, mean, rstd,
+            rows, width, walk.inner, *strides, eps,
+            OFFSET=offset, CENTERED=centered, ROUND_INPUT=cast == "input", ROWS=tile.rows,
+            BLOCK=block, EVEN=block == width,
+            LOOP=tile.per_sm > 0, STAGES=tile.stages, HOIST=tile.hoist, num_warps=tile.warps,
+        )  # fmt: skip
+    if target is not y:
+        y.copy_(target)
+    return Forward(y, total, mean, rstd)
+
+
+class Backward(NamedTuple):
+    """The gradients; of shape (0,) where nobody asked."""
+
+    dx: torch.Tensor
+    dweight: torch.Tensor
+    dbias: torch.Tensor
+
+
+def backward(
+    dy: torch.Tensor,
+    dsum: Maybe,
+    x: torch.Tensor,
+    weight: Maybe,
+    bias: Maybe,
+    mean: Maybe,
+    rstd: torch.Tensor,
+    offset: float,
+    cast: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool = False,
+) -> Backward:
+    """Gradients of ``forward``; ``x`` is the sum where there was a residual."""
+    width = x.shape[-1]
+    dx = empty_rows(x, x.dtype) if need_x else None
+    walk = _walk(x, dy) if dsum is None else _walk(x, dy, dsum)
+    job = _Job(walk, _dense(weight), None if mean is None else _in_order(mean, x),
+               _in_order(rstd, x), offset, cast == "input")  # fmt: skip
+    wanted = [v for v, need in ((weight, need_weight), (bias, need_bias)) if need and v is not None]
+    with on_device_of(x):
+        if not wanted or (need_x and sums_fit(width, x.element_size(), len(wanted))):
+            partial = _row_gradients(job, dx, len(wanted), need_weight and weight is not None)
+        else:
+            if need_x:
+                _row_gradients(job, dx, 0, False)
+            partial = _sum_gradients(job, len(wanted), need_weight and weight is not None)
+        sums = _finish(partial, wanted)
+    none = absent(x)
+    dweight = sums.pop(0) if need_weight and weight is not None else none
+    dbias = sums.pop(0) if need_bias and bias is not None else none
+    return Backward(none if dx is None else dx, dweight, dbias)
+
+
+class _Job(NamedTuple):
+    """What the backward's kernels share. The walk is over x, dy and maybe the sum's gradient."""
+
+    walk: _Walk
+    weight: Maybe
+    mean: Maybe
+    rstd: torch.Tensor
+    offset: float
+    round_input: bool
+
+
+def _partial(x: torch.Tensor, sums: int, programs: int) -> Maybe:
+    if not sums:
+        return None
+    return torch.empty((sums, programs, x.shape[-1]), dtype=torch.float32, device=x.device)
+
+
+def _row_gradients(job: _Job, dx: Maybe, sums: int, of_weight: bool) -> Maybe:
+    """Launch ``norm_backward``; the partial sums of the weight's gradient come before the bias's."""
+    x, dy = job.walk.tensors[:2]
+    dsum = job.walk.tensors[2] if len(job.walk.tensors) > 2 else None
+    strides = job.walk.strides if dsum is not None else [*job.walk.strides, 0, 0]
+    width = x.shape[-1]
+    rows = x.numel() // width
+    limits = device.limits(x.device)
+    tile = backward_tile(width, x.element_size(), len(job.walk.tensors), sums, limits)
+    block = _power_of_two(width)
+    programs = _programs(-(-rows // tile.rows), tile.per_sm, limits)
+    partial = _partial(x, sums, programs)
+    norm_backward[(programs,)](
+        dy, dsum, x, job.weight, job.mean, job.rstd, dx,
+        partial[0] if partial is not None and of_weight else None,
+        partial[-1] if partial is not None and sums > of_weight else None,
+        rows, width, job.walk.inner, *strides[2:], *strides[:2],
+        OFFSET=job.offset, CENTERED=job.mean is not None, ROUND_INPUT=job.round_input,
+        ROWS=tile.rows, BLOCK=block, EVEN=block == width,
+            LOOP=tile.per_sm > 0, STAGES=tile.stages, HOIST=tile.hoist, num_warps=tile.warps,
+    )  # fmt: skip
+    return partial
+
+
+def _sum_gradients(job: _Job, sums: int, of_weight: bool) -> Maybe:
+    """Launch ``weight_gradients``."""
+    x, dy = job.walk.tensors[:2]
+    width = x.shape[-1]
+    rows = x.numel() // width
+    tile_rows, block = 16, 256
+    blocks = -(-width // block)
+    splits = _programs(-(-rows // tile_rows), max(1, 8 // blocks), device.limits(x.device))
+    partial = _partial(x, sums, splits)
+    assert partial is not None
+    weight_gradients[(splits * blocks,)](
+        dy, x, job.mean, job.rstd,
+        partial[0] if of_weight else None, partial[-1] if sums > of_weight else None,
+        rows, width, job.walk.inner, *job.walk.strides[2:4], *job.walk.strides[:2], blocks,
+        CENTERED=job.mean is not None, ROUND_INPUT=job.round_input,
+        ROWS=tile_rows, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return partial
+
+
+def _finish(partial: Maybe, wanted: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Add up the partial sums, into vectors like those wanted."""
+    if partial is None:
+        return []
+    sums = [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in wanted]
+    count, rows, width = partial.shape
+    block = 16
+    column_sums[(-(-width // block), count)](
+        partial, sums[0], sums[1] if count > 1 else None, rows, width,
+        ROWS=max(8, min(256, _power_of_two(rows))), BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return sums
