@@ -154,7 +154,7 @@ def reference_bwd(dy: torch.Tensor, x: torch.Tensor, activation: str, need_x: bo
 def triton_fwd(x: torch.Tensor, activation: str, out_dtype: torch.dtype) -> torch.Tensor:
     """act(x) by a kernel."""
     lookup(activation)
-    if not launchable(x, out_dtype):
+    if x.dim() == 0 or not launchable(x, out_dtype):
         return reference_fwd(x, activation, out_dtype)
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     launch_activation_forward(x, y, activation)
@@ -163,7 +163,7 @@ def triton_fwd(x: torch.Tensor, activation: str, out_dtype: torch.dtype) -> torc
 
 def triton_bwd(dy: torch.Tensor, x: torch.Tensor, activation: str, need_x: bool) -> torch.Tensor:
     """dx = dy act'(x) by a kernel."""
-    if not need_x or not launchable(x, dy.dtype):
+    if not need_x or x.dim() == 0 or not launchable(x, dy.dtype):
         return reference_bwd(dy, x, activation, need_x)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch_activation_backward(dy, x, dx, activation)

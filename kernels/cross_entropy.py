@@ -1,8 +1,9 @@
 """Cross-entropy over the last dimension, with softcap, scale, label smoothing and z-loss.
 
 Shapes: logits (T, V) in any float dtype and any row stride, labels (T,) integer, loss () or (T,)
-in float32, lse (T,) in float64. Saved: logits, labels, lse. What there is one of per element is
-computed in float32 (float64 for float64 logits), what there is one of per row in float64.
+in float32, lse (T,) and factor () in float64. factor is what "mean" multiplies a row by, 1 / count,
+and 1 otherwise. Saved: logits, labels, lse, factor. What there is one of per element is computed in
+float32 (float64 for float64 logits), what there is one of per row in float64.
 
 With a = scale logits, z = c tanh(a / c) for softcap c > 0 and z = a otherwise, y the label,
 e = label_smoothing, k = z_loss, and delta_j = [j = y]:
@@ -13,7 +14,7 @@ probability of the label goes to 1. A row whose label is ignore_index has loss 0
 Reduction: "none" gives the rows, "sum" their sum, "mean" their sum over the number of rows that
 count: NaN when there is none, with gradient 0, as torch has it.
 
-Backward, with p_j = exp(z_j - lse) and w_i the weight of row i (dloss, or dloss / count):
+Backward, with p_j = exp(z_j - lse) and w_i = dloss factor (dloss_i for "none"):
     dz_j      = w_i (p_j (1 + 2 k lse) - e / V - (1 - e) delta_j)
     dlogits_j = dz_j scale (1 - (z_j / c)^2)
 For the label p_y - 1 is expm1(z_y - lse), so nothing cancels as p_y goes to 1; it is computed in
@@ -31,8 +32,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fusewright.kernels.cross_entropy_kernels import (
+    launch_backward,
+    launch_forward,
+    launch_reduce,
+)
+from fusewright.kernels.launch import launchable
 from fusewright.kernels.reduce import absent, compute_dtype
 from fusewright.kernels.spec import OpSpec
+
+_Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -153,12 +162,15 @@ def row_grad(
 
 def reduce_rows(
     rows: torch.Tensor, labels: torch.Tensor, ignore_index: int, reduction: str
-) -> torch.Tensor:
-    """The loss as ``reduction`` asks for it, from the float64 losses of the rows."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss as ``reduction`` asks for it, from the float64 losses of the rows, and factor."""
+    one = torch.ones((), dtype=torch.float64, device=rows.device)
     if reduction == "none":
-        return rows
-    total = rows.sum()
-    return total / (labels != ignore_index).sum() if reduction == "mean" else total
+        return rows, one
+    if reduction == "sum":
+        return rows.sum(), one
+    count = (labels != ignore_index).sum()
+    return rows.sum() / count, torch.where(count > 0, one / count, 0.0)
 
 
 def reference_fwd(
@@ -170,15 +182,15 @@ def reference_fwd(
     softcap: float,
     scale: float,
     z_loss: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """loss and lse in plain PyTorch; see the module's header."""
+) -> _Results:
+    """loss, lse and factor in plain PyTorch; see the module's header."""
     check_logits(logits, labels)
     check_loss(*logits.shape, labels, reduction)
     check_range(labels, ignore_index, logits.shape[1])
     form = LossForm(ignore_index, label_smoothing, softcap, scale, z_loss)
     rows, lse = row_loss(logits, labels, form)
-    loss = reduce_rows(rows, labels, ignore_index, reduction)
-    return loss.to(compute_dtype(logits)), lse
+    loss, factor = reduce_rows(rows, labels, ignore_index, reduction)
+    return loss.to(compute_dtype(logits)), lse, factor
 
 
 def reference_bwd(
@@ -186,6 +198,7 @@ def reference_bwd(
     logits: torch.Tensor,
     labels: torch.Tensor,
     lse: torch.Tensor,
+    factor: torch.Tensor,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
@@ -197,22 +210,77 @@ def reference_bwd(
     """dlogits in plain PyTorch; see the module's header."""
     if not need_logits:
         return absent(logits)
-    weight = dloss
-    if reduction == "mean":
-        weight = dloss.double() / (labels != ignore_index).sum()
     form = LossForm(ignore_index, label_smoothing, softcap, scale, z_loss)
-    return row_grad(logits, labels, lse, weight, form).to(logits.dtype)
+    return row_grad(logits, labels, lse, dloss.double() * factor, form).to(logits.dtype)
+
+
+def triton_fwd(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    softcap: float,
+    scale: float,
+    z_loss: float,
+) -> _Results:
+    """loss, lse and factor by kernels."""
+    form = LossForm(ignore_index, label_smoothing, softcap, scale, z_loss)
+    if not launchable(logits):
+        return reference_fwd(logits, labels, ignore_index, reduction, *form[1:])
+    check_logits(logits, labels)
+    rows, vocab = logits.shape
+    check_loss(rows, vocab, labels, reduction)
+    logits = _with_adjacent_columns(logits)
+    lse = torch.empty(rows, dtype=torch.float64, device=logits.device)
+    each = reduction == "none"
+    losses = torch.empty_like(lse, dtype=torch.float32 if each else torch.float64)
+    launch_forward(logits, labels, losses, lse, form)
+    loss, factor = launch_reduce(
+        None if each else losses, labels, None, vocab, ignore_index, reduction == "mean", 1.0
+    )
+    return losses if loss is None else loss, lse, factor
+
+
+def _with_adjacent_columns(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+
+
+def triton_bwd(
+    dloss: torch.Tensor,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    lse: torch.Tensor,
+    factor: torch.Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    softcap: float,
+    scale: float,
+    z_loss: float,
+    need_logits: bool,
+) -> torch.Tensor:
+    """dlogits by a kernel."""
+    form = LossForm(ignore_index, label_smoothing, softcap, scale, z_loss)
+    if not need_logits or not launchable(logits):
+        return reference_bwd(
+            dloss, logits, labels, lse, factor, ignore_index, reduction, *form[1:], need_logits
+        )
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    launch_backward(dloss, _with_adjacent_columns(logits), labels, lse, factor, out, form)
+    return out
 
 
 def _fake_fwd(
     logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, reduction: str, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> _Results:
     check_logits(logits, labels)
     rows = logits.shape[:1]
     shape = rows if reduction == "none" else ()
     return (
         logits.new_empty(shape, dtype=compute_dtype(logits)),
         logits.new_empty(rows, dtype=torch.float64),
+        logits.new_empty((), dtype=torch.float64),
     )
 
 
@@ -224,7 +292,7 @@ def _fake_bwd(dloss: torch.Tensor, logits: torch.Tensor, *rest: Any) -> torch.Te
 
 def _save(inputs: dict[str, Any], outputs: tuple[torch.Tensor, ...]) -> Sequence[Any]:
     logits, labels, *form = inputs.values()
-    return logits, labels, outputs[1], *form
+    return logits, labels, *outputs[1:], *form
 
 
 _FORM = (
@@ -234,13 +302,15 @@ _FORM = (
 
 OPS = (
     OpSpec(
-        forward=f"cross_entropy(Tensor logits, Tensor labels, {_FORM}) -> (Tensor loss, Tensor lse)",
+        forward=f"cross_entropy(Tensor logits, Tensor labels, {_FORM}) "
+        "-> (Tensor loss, Tensor lse, Tensor factor)",
         backward="cross_entropy_backward(Tensor dloss, Tensor logits, Tensor labels, Tensor lse, "
-        f"{_FORM}, bool need_logits) -> Tensor dlogits",
+        f"Tensor factor, {_FORM}, bool need_logits) -> Tensor dlogits",
         differentiable=("logits",),
         outputs=1,
         save=_save,
         reference=(reference_fwd, reference_bwd),
         fake=(_fake_fwd, _fake_bwd),
+        triton=(triton_fwd, triton_bwd),
     ),
 )

@@ -71,15 +71,15 @@ def sigmoids(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def tanh_and_slope(x, PRECISE: tl.constexpr):
-    """tanh(x) and 1 - tanh(x)^2, neither by a difference that cancels."""
+    """tanh(x) and 1 - tanh(x)^2, neither by a difference that cancels much."""
     a = tl.abs(x)
     e = exp(-2.0 * a, PRECISE)
-    r = divide(1.0, 1.0 + e, PRECISE)
-    far = (1.0 - e) * r
+    w = 2.0 * divide(e, 1.0 + e, PRECISE)  # 1 - tanh(a)
     u = x * x
     near = a + a * u * ((((u * _T4 + _T3) * u + _T2) * u + _T1) * u + _T0)
-    t = tl.where(a < 0.6, near, far)
-    return tl.where(x < 0, -t, t), 4.0 * e * r * r
+    is_near = a < 0.6
+    t = tl.where(is_near, near, 1.0 - w)
+    return tl.where(x < 0, -t, t), tl.where(is_near, 1.0 - near * near, w * (2.0 - w))
 
 
 @triton.jit

@@ -218,7 +218,7 @@ def glu_triton_fwd(
     gate: torch.Tensor, up: torch.Tensor, activation: str, out_dtype: torch.dtype
 ) -> torch.Tensor:
     """act(gate) up by a kernel."""
-    if not launchable(gate, up.dtype, out_dtype):
+    if gate.dim() == 0 or not launchable(gate, up.dtype, out_dtype):
         return glu_reference_fwd(gate, up, activation, out_dtype)
     check_pair(gate, up)
     lookup(activation)
@@ -236,7 +236,7 @@ def glu_triton_bwd(
     need_up: bool,
 ) -> _Pair:
     """dgate and dup by a kernel."""
-    if not launchable(gate, dy.dtype):
+    if gate.dim() == 0 or not launchable(gate, dy.dtype):
         return glu_reference_bwd(dy, gate, up, activation, need_gate, need_up)
     dgate, dup = _new_grads(gate, up, need_gate, need_up)
     launch_backward(dy, gate, up, dgate, dup, activation)
@@ -293,7 +293,7 @@ def clamped_triton_fwd(
     gate: torch.Tensor, up: torch.Tensor, alpha: float, limit: float, out_dtype: torch.dtype
 ) -> torch.Tensor:
     """The clamped form by a kernel."""
-    if not launchable(gate, up.dtype, out_dtype):
+    if gate.dim() == 0 or not launchable(gate, up.dtype, out_dtype):
         return clamped_reference_fwd(gate, up, alpha, limit, out_dtype)
     check_pair(gate, up)
     y = torch.empty(gate.shape, dtype=out_dtype, device=gate.device)
@@ -311,7 +311,7 @@ def clamped_triton_bwd(
     need_up: bool,
 ) -> _Pair:
     """dgate and dup of the clamped form by a kernel."""
-    if not launchable(gate, dy.dtype):
+    if gate.dim() == 0 or not launchable(gate, dy.dtype):
         return clamped_reference_bwd(dy, gate, up, alpha, limit, need_gate, need_up)
     dgate, dup = _new_grads(gate, up, need_gate, need_up)
     launch_backward(dy, gate, up, dgate, dup, "swish", (alpha, limit))

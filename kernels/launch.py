@@ -33,13 +33,12 @@ _DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 def launchable(t: torch.Tensor, *dtypes: torch.dtype) -> bool:
     """Whether a kernel can take ``t`` beside other tensors of these dtypes; else the reference does.
 
-    A grid has at least one program, and float64 is the business of the references.
+    A grid has at least one program, and float64 is left to the references.
     """
     return (
         HAS_TRITON
         and t.dtype in _DTYPES
         and t.numel() > 0
-        and t.dim() > 0
         and all(dtype in _DTYPES for dtype in dtypes)
     )
 

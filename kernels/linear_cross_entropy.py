@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -47,6 +47,12 @@ from fusewright.kernels.cross_entropy import (
     row_grad,
     row_loss,
 )
+from fusewright.kernels.cross_entropy_kernels import (
+    launch_in_place,
+    launch_reduce,
+    launch_scale,
+)
+from fusewright.kernels.launch import launchable
 from fusewright.kernels.reduce import absent, compute_dtype
 from fusewright.kernels.spec import OpSpec
 
@@ -121,13 +127,51 @@ def normaliser(
     return (labels != ignore_index).sum().double() if reduction == "mean" else None
 
 
-def matmul_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b with the product left in float32 (float64) instead of rounded to the operands' dtype."""
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+def matmul_wide(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, add: bool) -> None:
+    """out = a b, or out += a b, in the dtype of ``out``: a 16-bit product is not rounded to 16 bits."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif not a.is_cuda:
+        matmul_wide(out, a.to(out.dtype), b.to(out.dtype), add)
+    elif add:
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+    else:
+        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+
+
+class _Gradients(NamedTuple):
+    """What is accumulated over the chunks, in float32 (float64); None where it is not wanted."""
+
+    x: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def add(self, d: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rows: slice) -> None:
+        """Take in D of the rows of one chunk; the first chunk is written, the others are added."""
+        if self.x is not None:
+            matmul_wide(self.x[rows], d, weight, add=False)
+        if self.weight is not None:
+            matmul_wide(self.weight, d.t(), x[rows], add=rows.start > 0)
+        if self.bias is not None:
+            self.bias.add_(d.sum(0, dtype=self.bias.dtype))
+
+    def results(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The three tensors, absent ones as placeholders."""
+        x, weight, bias = (absent(like) if t is None else t for t in self)
+        return x, weight, bias
+
+
+def _gradients(
+    x: torch.Tensor, weight: torch.Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> _Gradients:
+    wide, device = compute_dtype(x), x.device
+    some = x.shape[0] > 0  # without rows there is no first chunk to write the weight's gradient
+    new = torch.empty if some else torch.zeros
+    return _Gradients(
+        torch.empty(x.shape, dtype=wide, device=device) if need_x else None,
+        new(weight.shape, dtype=wide, device=device) if need_weight else None,
+        torch.zeros(weight.shape[0], dtype=wide, device=device) if need_bias else None,
+    )
 
 
 def reference_fwd(
@@ -149,12 +193,28 @@ def reference_fwd(
     """loss, dx, dweight, dbias and factor in plain PyTorch; see the module's header."""
     check_inputs(x, weight, bias, labels, denominator, reduction)
     check_range(labels, ignore_index, weight.shape[0])
-    form = LossForm(ignore_index, label_smoothing, softcap, scale, z_loss)
+    with torch.autocast(x.device.type, enabled=False):
+        return _reference_chunks(
+            x, weight, bias, labels, denominator,
+            LossForm(ignore_index, label_smoothing, softcap, scale, z_loss), reduction,
+            need_x, need_weight, need_bias and bias is not None,
+        )  # fmt: skip
+
+
+def _reference_chunks(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    denominator: torch.Tensor | None,
+    form: LossForm,
+    reduction: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> _Results:
     wide = compute_dtype(x)
-    dx = torch.empty(x.shape, dtype=wide, device=x.device) if need_x else absent(x)
-    dw = torch.zeros(weight.shape, dtype=wide, device=x.device) if need_weight else absent(x)
-    need_bias = need_bias and bias is not None
-    db = x.new_zeros(weight.shape[0], dtype=wide) if need_bias else absent(x)
+    grads = _gradients(x, weight, need_x, need_weight, need_bias)
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     up = gradient_unit(x.dtype, form)
     unit = torch.full((), up, dtype=wide, device=x.device)
@@ -164,18 +224,12 @@ def reference_fwd(
         logits = torch.nn.functional.linear(x[rows], weight, bias)
         losses, lse = row_loss(logits, labels[rows], form)
         total += losses.sum()
-        if not (need_x or need_weight or need_bias):
-            continue
-        d = row_grad(logits, labels[rows], lse, unit, form).to(x.dtype)
-        if need_x:
-            dx[rows] = matmul_wide(d, weight)
-        if need_weight:
-            dw += matmul_wide(d.t(), x[rows])
-        if need_bias:
-            db += d.sum(0, dtype=wide)
-    divisor = normaliser(labels, denominator, ignore_index, reduction)
+        if need_x or need_weight or need_bias:
+            d = row_grad(logits, labels[rows], lse, unit, form).to(x.dtype)
+            grads.add(d, x, weight, rows)
+    divisor = normaliser(labels, denominator, form.ignore_index, reduction)
     loss, factor = finish(total, divisor, up, reduction)
-    return loss.to(wide), dx, dw, db, factor
+    return loss.to(wide), *grads.results(x), factor
 
 
 def finish(
@@ -190,6 +244,55 @@ def finish(
         # Where no row counts the loss is NaN but every D is 0, and so is eager's gradient.
         factor = torch.where(divisor == 0, 0.0, factor)
     return total / divisor, factor
+
+
+def triton_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    denominator: torch.Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    softcap: float,
+    scale: float,
+    z_loss: float,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> _Results:
+    """loss, dx, dweight, dbias and factor: GEMMs, and one kernel a chunk in between."""
+    form = LossForm(ignore_index, label_smoothing, softcap, scale, z_loss)
+    if not launchable(x):
+        return reference_fwd(
+            x, weight, bias, labels, denominator, ignore_index, reduction, *form[1:],
+            need_x, need_weight, need_bias,
+        )  # fmt: skip
+    check_inputs(x, weight, bias, labels, denominator, reduction)
+    (rows, _), vocab = x.shape, weight.shape[0]
+    step = min(rows, chunk_rows(rows, vocab, x.element_size()))
+    scratch = torch.empty((step, vocab), dtype=x.dtype, device=x.device)
+    losses = torch.empty(rows, dtype=torch.float64, device=x.device)
+    grads = _gradients(x, weight, need_x, need_weight, need_bias and bias is not None)
+    wanted = any(t is not None for t in grads)
+    unit = gradient_unit(x.dtype, form)
+    for start in range(0, rows, step):
+        chunk = slice(start, min(start + step, rows))
+        logits = scratch[: chunk.stop - start]
+        # The out= forms: autocast leaves them alone.
+        if bias is None:
+            torch.mm(x[chunk], weight.t(), out=logits)
+        else:
+            torch.addmm(bias, x[chunk], weight.t(), out=logits)
+        launch_in_place(logits, labels[chunk], losses[chunk], form, unit, wanted)
+        if wanted:
+            grads.add(logits, x, weight, chunk)
+    loss, factor = launch_reduce(
+        losses, labels, denominator, vocab, ignore_index, reduction == "mean", unit
+    )
+    assert loss is not None
+    return loss, *grads.results(x), factor
 
 
 def reference_bwd(
@@ -215,6 +318,28 @@ def reference_bwd(
 def _scaled(saved: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(saved.shape, dtype=dtype, device=saved.device)
     return torch.mul(saved, weight.to(saved.dtype), out=out)
+
+
+def triton_bwd(
+    dloss: torch.Tensor,
+    dx: torch.Tensor,
+    dweight: torch.Tensor,
+    dbias: torch.Tensor,
+    factor: torch.Tensor,
+    dtype: torch.dtype,
+    *needs: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same by a kernel."""
+    if not launchable(dloss, dtype):
+        return reference_bwd(dloss, dx, dweight, dbias, factor, dtype, *needs)
+    results = []
+    for saved, need in zip((dx, dweight, dbias), needs, strict=True):
+        results.append(absent(dloss))
+        if need:
+            results[-1] = torch.empty(saved.shape, dtype=dtype, device=saved.device)
+            launch_scale(saved, dloss, factor, results[-1])
+    x, weight, bias = results
+    return x, weight, bias
 
 
 def _fake_fwd(
@@ -277,6 +402,7 @@ OPS = (
         save=_save,
         reference=(reference_fwd, reference_bwd),
         fake=(_fake_fwd, _fake_bwd),
+        triton=(triton_fwd, triton_bwd),
         forward_needs=True,
     ),
 )

@@ -35,8 +35,9 @@ def assert_not_worse_pooled(
 ) -> None:
     """As ``assert_not_worse``, over several draws of (ours, eager's, oracle's) results.
 
-    One float32 scalar is right or wrong by luck; the root mean square over draws is not. Each error
-    is taken relative to its oracle's size.
+    One float32 scalar is right or wrong by luck; the root mean square over draws is less so. Each
+    error is taken relative to its oracle's size, and half a unit in the last place of float32, which
+    is rounding to nearest, is never too much.
     """
     for at, name in enumerate(names):
         ours = theirs = 0.0
@@ -46,4 +47,7 @@ def assert_not_worse_pooled(
             ours += (error(mine[at], oracle[at]) / size) ** 2
             theirs += (error(eager[at], oracle[at]) / size) ** 2
         ours, theirs = (ours / len(draws)) ** 0.5, (theirs / len(draws)) ** 0.5
-        assert ours <= factor * theirs, f"{name}: our error {ours:.3e}, eager's {theirs:.3e}"
+        floor = 2.0**-24 if draws[0][0][at].dtype is torch.float32 else 0.0
+        assert ours <= max(factor * theirs, floor), (
+            f"{name}: our error {ours:.3e}, eager's {theirs:.3e}"
+        )

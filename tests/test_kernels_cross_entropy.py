@@ -7,7 +7,8 @@ import pytest
 import sympy as sp
 import torch
 import torch.nn.functional as F
-from numerics import assert_not_worse_pooled
+from backends import Backend
+from numerics import assert_not_worse_pooled, error
 
 from fusewright.kernels import cross_entropy as family
 from fusewright.runtime.op import register_all
@@ -86,12 +87,16 @@ def test_a_wrong_sign_fails_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
-def three_ways(logits: torch.Tensor, labels: torch.Tensor, form: tuple, reduction: str) -> tuple:
+def three_ways(
+    backend: Backend, logits: torch.Tensor, labels: torch.Tensor, form: tuple, reduction: str
+) -> tuple:
     """(loss, dlogits) by our op, by eager, and by eager in float64."""
+    op = backend.ops.cross_entropy
+    logits, labels = logits.to(backend.device), labels.to(backend.device)
     results: list[tuple[torch.Tensor, ...]] = []
     dloss = None
     for t, f in (
-        (logits, lambda t: OP(t, labels, IGNORE, reduction, *form)[0]),
+        (logits, lambda t: op(t, labels, IGNORE, reduction, *form)[0]),
         (logits, lambda t: eager(t, labels, reduction, form)),
         (logits.double(), lambda t: eager(t, labels, reduction, form)),
     ):
@@ -102,19 +107,32 @@ def three_ways(logits: torch.Tensor, labels: torch.Tensor, form: tuple, reductio
     return tuple(results)
 
 
+def judge(backend: Backend, draws: list, dtype: torch.dtype) -> None:
+    """Not worse than eager; the interpreter's bfloat16 gradients within its truncation."""
+    if dtype is torch.bfloat16 and not backend.rounds_bfloat16:
+        assert_not_worse_pooled([tuple(r[:1] for r in d) for d in draws], ("loss",), 1.02)
+        for ours, _, oracle in draws:
+            size = error(oracle[1], torch.zeros_like(oracle[1]))
+            assert error(ours[1], oracle[1]) <= 2**-7 * size
+    else:  # the interpreter is slow, so its draws are few and decide by luck more often
+        factor = 1.25 if dtype is torch.float32 and backend.name == "interpreted" else 1.02
+        assert_not_worse_pooled(draws, ("loss", "dlogits"), factor)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("reduction", family.REDUCTIONS)
 def test_error_is_not_above_eagers(
-    reduction: str, form: tuple[float, ...], dtype: torch.dtype
+    backend: Backend, reduction: str, form: tuple[float, ...], dtype: torch.dtype
 ) -> None:
     draws = []
-    for seed in range(8):
+    slow = backend.name == "interpreted"
+    for seed in range(3 if slow else 8):
         torch.manual_seed(seed)
-        rows = 37 + 5 * seed
+        rows = 8 + seed if slow else 37 + 5 * seed
         logits = (torch.randn(rows, 1013) * 3).to(dtype)
-        draws.append(three_ways(logits, some_labels(rows, 1013), form, reduction))
-    assert_not_worse_pooled(draws, ("loss", "dlogits"), 1.02)
+        draws.append(three_ways(backend, logits, some_labels(rows, 1013), form, reduction))
+    judge(backend, draws, dtype)
 
 
 def adversarial(case: str, rows: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,43 +154,59 @@ def adversarial(case: str, rows: int, vocab: int) -> tuple[torch.Tensor, torch.T
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("case", ["certain", "huge", "offset", "zero", "masked", "one row"])
-def test_adversarial_rows(case: str, dtype: torch.dtype) -> None:
+def test_adversarial_rows(backend: Backend, case: str, dtype: torch.dtype) -> None:
     draws = []
-    for seed in range(8):
+    slow = backend.name == "interpreted"
+    for seed in range(3 if slow else 8):
         torch.manual_seed(seed)
-        logits, labels = adversarial(case, 1 if case == "one row" else 16, 257)
-        draws.append(three_ways(logits.to(dtype), labels, PLAIN, "mean"))
-    assert_not_worse_pooled(draws, ("loss", "dlogits"), 1.02)
+        logits, labels = adversarial(case, 1 if case == "one row" else 8 if slow else 16, 257)
+        draws.append(three_ways(backend, logits.to(dtype), labels, PLAIN, "mean"))
+    judge(backend, draws, dtype)
 
 
-def test_all_ignored_is_nan_with_gradient_zero() -> None:
-    logits = torch.randn(4, 5, requires_grad=True)
-    labels = torch.full((4,), IGNORE)
+def test_all_ignored_is_nan_with_gradient_zero(backend: Backend) -> None:
+    logits = torch.randn(4, 5, device=backend.device, requires_grad=True)
+    labels = torch.full((4,), IGNORE, device=backend.device)
     for reduction in family.REDUCTIONS:
-        ours = OP(logits, labels, IGNORE, reduction, *PLAIN)[0]
+        ours = backend.ops.cross_entropy(logits, labels, IGNORE, reduction, *PLAIN)[0]
         expected = eager(logits, labels, reduction)
         torch.testing.assert_close(ours, expected, equal_nan=True)
         (d,) = torch.autograd.grad(ours.sum(), logits)
-        assert torch.equal(d, torch.zeros(4, 5))
+        assert not bool(d.any())
 
 
-def test_strided_rows_int32_labels_and_another_ignore_index() -> None:
-    wide = torch.randn(9, 40, dtype=torch.bfloat16)
-    labels = torch.randint(1, 17, (18,), dtype=torch.int32)[::2]
+def test_strided_rows_int32_labels_and_another_ignore_index(backend: Backend) -> None:
+    wide = torch.randn(9, 40, dtype=torch.float16, device=backend.device)
+    labels = torch.randint(1, 17, (18,), dtype=torch.int32, device=backend.device)[::2]
     labels[3] = 0
-    view = wide[:, 5:22].requires_grad_()
-    loss = OP(view, labels, 0, "mean", *PLAIN)[0]
-    expected = F.cross_entropy(view.float(), labels.long(), ignore_index=0)
+    for view in (wide[:, 5:22], wide[:, :34:2]):
+        view = view.detach().requires_grad_()
+        loss = backend.ops.cross_entropy(view, labels, 0, "mean", *PLAIN)[0]
+        expected = F.cross_entropy(view.float(), labels.long(), ignore_index=0)
+        torch.testing.assert_close(loss, expected)
+        (d,) = torch.autograd.grad(loss, view, retain_graph=True)
+        assert torch.equal(d, torch.autograd.grad(loss, view)[0])
+        assert d.is_contiguous() and not bool(d[3].any())
+        torch.testing.assert_close(d, torch.autograd.grad(expected, view)[0])
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 31, 33, 1000, 8193, 20_001])
+def test_every_width(kernels: Backend, vocab: int) -> None:
+    logits = torch.randn(3, vocab, device=kernels.device, requires_grad=True)
+    labels = torch.tensor([0, vocab - 1, vocab // 2], device=kernels.device)
+    each = torch.tensor([1.0, -2.0, 0.5], device=kernels.device)
+    loss = kernels.ops.cross_entropy(logits, labels, IGNORE, "none", 0.1, 0.0, 1.0, 0.0)[0]
+    expected = F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
     torch.testing.assert_close(loss, expected)
-    (d,) = torch.autograd.grad(loss, view, retain_graph=True)
-    assert torch.equal(d, torch.autograd.grad(loss, view)[0])
-    assert d.is_contiguous() and not bool(d[3].any())
+    (ours,), (theirs,) = (torch.autograd.grad(t, logits, each) for t in (loss, expected))
+    torch.testing.assert_close(ours, theirs)
 
 
-def test_no_rows() -> None:
-    logits, labels = torch.randn(0, 5, requires_grad=True), torch.zeros(0, dtype=torch.long)
+def test_no_rows(backend: Backend) -> None:
+    logits = torch.randn(0, 5, device=backend.device, requires_grad=True)
+    labels = torch.zeros(0, dtype=torch.long, device=backend.device)
     for reduction in family.REDUCTIONS:
-        loss = OP(logits, labels, IGNORE, reduction, *PLAIN)[0]
+        loss = backend.ops.cross_entropy(logits, labels, IGNORE, reduction, *PLAIN)[0]
         torch.testing.assert_close(loss, eager(logits, labels, reduction), equal_nan=True)
         assert torch.autograd.grad(loss.sum(), logits)[0].shape == (0, 5)
 

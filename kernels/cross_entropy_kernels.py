@@ -1,0 +1,446 @@
+"""Triton kernels of the cross-entropy; the mathematics is in ``cross_entropy``.
+
+Forward: one program a row, one read. Each thread keeps a maximum and a sum for the 16 bytes that it
+loads at a time, rescaled when the maximum rises, so that the loop has neither a barrier nor a second
+exponential per element; the lanes meet once, at the end of the row. One more program adds the rows up
+in a fixed order and counts them. Backward: one program per row and block of columns.
+
+The chunked head and loss uses one kernel for both on a buffer of its own: it reads the logits of a
+row, then reads them again, from cache, and overwrites them with their gradient.
+
+What there is one of per row (log-sum-exp, loss, the label's gradient) is float64. A row whose label
+is ignored is not read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fusewright.kernels.elementary import exp, tanh_and_slope
+from fusewright.kernels.launch import on_device_of, tl, triton
+
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def _wide(number):
+    """A scalar argument in float64; the interpreter passes Python's own numbers."""
+    return tl.full((), number, tl.float64)
+
+
+@triton.jit
+def _transform(x, scale, softcap, inverse, SCALED: tl.constexpr, CAPPED: tl.constexpr,
+               PRECISE: tl.constexpr):  # fmt: skip
+    """z of the logits x in float32, and dz/dx without the scale."""
+    slope = 1.0
+    z = x
+    if SCALED:
+        z = z * scale
+    if CAPPED:
+        t, slope = tanh_and_slope(tl.div_rn(z, softcap) if PRECISE else z * inverse, PRECISE)
+        z = t * softcap
+    return z, slope
+
+
+@triton.jit
+def _row_statistics(
+    row_ptr, vocab, anchor, scale, softcap, inverse,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, PRECISE: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """max z, sum exp(z - max) and, with SMOOTH, sum (z - anchor); the sums in float64."""
+    LANES: tl.constexpr = BLOCK // WIDE
+    top = tl.full((LANES,), _LOWEST, tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    spread = tl.zeros((LANES,), tl.float32)
+    at = tl.arange(0, LANES)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+    for first in range(0, vocab, BLOCK):
+        columns = first + at
+        inside = columns < vocab
+        x = tl.load(
+            row_ptr + columns, mask=inside, other=0.0 if SCALED or CAPPED else -float("inf"),
+            eviction_policy="evict_last" if KEEP else "evict_first",
+        ).to(tl.float32)  # fmt: skip
+        z, _ = _transform(x, scale, softcap, inverse, SCALED, CAPPED, PRECISE)
+        if SCALED or CAPPED:
+            z = tl.where(inside, z, -float("inf"))
+        higher = tl.maximum(top, tl.max(z, axis=1))
+        terms = tl.exp(z - higher[:, None])
+        total = total * tl.exp(top - higher) + tl.sum(terms, axis=1)
+        top = higher
+        if SMOOTH:
+            spread += tl.sum(tl.where(inside, z - anchor, 0.0), axis=1)
+    highest = tl.max(top, axis=0)
+    sum64 = tl.sum(total.to(tl.float64) * tl.exp(top - highest).to(tl.float64), axis=0)
+    return highest, sum64, tl.sum(spread.to(tl.float64), axis=0)
+
+
+@triton.jit
+def _row_loss(
+    row_ptr, label, vocab, smoothing, z_loss, scale, softcap, inverse,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr,
+    PRECISE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """The loss of a row, its log-sum-exp, and z of its label; NaN for a label out of range."""
+    known = (label >= 0) & (label < vocab)
+    at = tl.where(known, label, 0)
+    x = tl.load(row_ptr + at).to(tl.float32)
+    z_label, _ = _transform(x, scale, softcap, inverse, SCALED, CAPPED, PRECISE)
+    anchor = tl.where(tl.abs(z_label) < 1e38, z_label, 0.0)
+    top, total, spread = _row_statistics(
+        row_ptr, vocab, anchor, scale, softcap, inverse,
+        SCALED, CAPPED, SMOOTH, PRECISE, BLOCK, WIDE, KEEP,
+    )  # fmt: skip
+    log_total = tl.log(total)
+    lse = top.to(tl.float64) + log_total
+    gap = (top - z_label).to(tl.float64)
+    loss = log_total + gap
+    if SMOOTH:
+        mean_gap = (top - anchor).to(tl.float64) - spread / vocab
+        loss = log_total + (1.0 - _wide(smoothing)) * gap + smoothing * mean_gap
+    if Z_LOSS:
+        loss += z_loss * lse * lse
+    return tl.where(known, loss, float("nan")), lse, z_label
+
+
+@triton.jit
+def _expm1(t):
+    """e^t - 1 in float64 for t <= 0."""
+    series = t * (1.0 + t * (0.5 + t * (1.0 / 6.0)))
+    return tl.where(t > -1e-4, series, tl.exp(t) - 1.0)
+
+
+@triton.jit
+def _label_gradient(z_label, lse, weight, smoothing, z_loss, vocab, SMOOTH: tl.constexpr,
+                    Z_LOSS: tl.constexpr):  # fmt: skip
+    """dz of the label, in float64 and rounded once."""
+    log_p = z_label.to(tl.float64) - lse
+    d = _expm1(log_p)
+    if SMOOTH:
+        taken = _wide(smoothing)
+        d += taken - taken / vocab
+    if Z_LOSS:
+        d += tl.exp(log_p) * (2.0 * z_loss * lse)
+    return (d * weight).to(tl.float32)
+
+
+@triton.jit
+def _row_scalars(lse, weight, smoothing, z_loss, vocab, SMOOTH: tl.constexpr,
+                 Z_LOSS: tl.constexpr):  # fmt: skip
+    """lse rounded, the factor of exp(z - that), and what label smoothing takes off every entry."""
+    high = lse.to(tl.float32)
+    low = high.to(tl.float64) - lse  # at most half a unit in the last place of lse
+    shared = weight * (1.0 + low * (1.0 + low * (0.5 + low * (1.0 / 6.0 + low * (1.0 / 24.0)))))
+    if Z_LOSS:
+        shared *= 1.0 + 2.0 * z_loss * lse
+    spread = 0.0
+    if SMOOTH:
+        spread = (weight * smoothing / vocab).to(tl.float32)
+    return high, shared.to(tl.float32), spread
+
+
+@triton.jit
+def _gradient(
+    x, columns, label, at_label, high, shared, spread, scale, softcap, inverse,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """d(logits) of one row's columns, in float32."""
+    z, slope = _transform(x, scale, softcap, inverse, SCALED, CAPPED, PRECISE)
+    t = z - high
+    p = exp(t, PRECISE)
+    if PRECISE:  # what the rounding of z - high lost comes back to first order
+        of_high = z - t
+        lost = (z - (t + of_high)) + (of_high - high)
+        p += p * tl.where(p > 0, lost, 0.0)
+    d = p * shared
+    if SMOOTH:
+        d -= spread
+    d = tl.where(columns == label, at_label, d)
+    if CAPPED:
+        d *= slope
+    if SCALED:
+        d *= scale
+    return d
+
+
+@triton.jit
+def cross_entropy_forward(
+    logits_ptr, labels_ptr, losses_ptr, lse_ptr, row_step, label_step, vocab, ignore_index,
+    smoothing, z_loss, scale, softcap, inverse,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr,
+    PRECISE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The loss and the log-sum-exp of one row; 0 and 0 where the label is ignored."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row * label_step)
+    if label == ignore_index:
+        tl.store(losses_ptr + row, 0.0)
+        tl.store(lse_ptr + row, 0.0)
+    else:
+        loss, lse, _ = _row_loss(
+            logits_ptr + row * row_step, label, vocab, smoothing, z_loss, scale, softcap, inverse,
+            SCALED, CAPPED, SMOOTH, Z_LOSS, PRECISE, BLOCK, WIDE, False,
+        )  # fmt: skip
+        tl.store(losses_ptr + row, loss)
+        tl.store(lse_ptr + row, lse)
+
+
+@triton.jit
+def cross_entropy_reduce(
+    losses_ptr, labels_ptr, denominator_ptr, loss_ptr, factor_ptr, good_ptr,
+    rows, label_step, vocab, ignore_index, unit,
+    REDUCE: tl.constexpr, MEAN: tl.constexpr, DIVIDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add the rows up in one program, in a fixed order.
+
+    Writes the loss, the factor that the gradient of a row lacks (1 / count, 1 / denominator or 1,
+    over ``unit``; 0 where no row counts), and whether every label was in range.
+    """
+    total = tl.zeros((BLOCK,), tl.float64)
+    count = tl.zeros((BLOCK,), tl.int32)
+    bad = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, rows, BLOCK):
+        at = first + tl.arange(0, BLOCK).to(tl.int64)
+        inside = at < rows
+        label = tl.load(labels_ptr + at * label_step, mask=inside, other=0)
+        counts = inside & (label != ignore_index)
+        bad += (counts & ((label < 0) | (label >= vocab))).to(tl.int32)
+        if MEAN:
+            count += counts.to(tl.int32)
+        if REDUCE:
+            total += tl.load(losses_ptr + at, mask=inside, other=0.0)
+    tl.store(good_ptr, (tl.sum(bad, axis=0) == 0).to(tl.int32))
+    loss = tl.sum(total, axis=0)
+    factor = 1.0 / _wide(unit)
+    if MEAN:
+        valid = tl.sum(count, axis=0).to(tl.float64)
+        loss = tl.where(valid > 0, loss / valid, float("nan"))
+        factor = tl.where(valid > 0, factor / valid, 0.0)
+    if DIVIDED:
+        denominator = tl.load(denominator_ptr).to(tl.float64)
+        loss = loss / denominator
+        factor = factor / denominator
+    if REDUCE:
+        tl.store(loss_ptr, loss)
+    tl.store(factor_ptr, factor)
+
+
+@triton.jit
+def cross_entropy_backward(
+    dloss_ptr, logits_ptr, labels_ptr, lse_ptr, factor_ptr, dlogits_ptr,
+    dloss_step, row_step, label_step, vocab, column_blocks, ignore_index,
+    smoothing, z_loss, scale, softcap, inverse,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr,
+    PRECISE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """d(logits) of one row's BLOCK columns; dlogits is dense."""
+    pid = tl.program_id(0)
+    row = (pid // column_blocks).to(tl.int64)
+    first = (pid % column_blocks) * BLOCK
+    columns = first + tl.arange(0, BLOCK)
+    inside = columns < vocab
+    label = tl.load(labels_ptr + row * label_step)
+    out_ptr = dlogits_ptr + row * vocab
+    if label == ignore_index:
+        tl.store(out_ptr + columns, tl.zeros((BLOCK,), tl.float32), mask=inside)
+    else:
+        row_ptr = logits_ptr + row * row_step
+        x = tl.load(
+            row_ptr + columns, mask=inside, other=0.0, eviction_policy="evict_first"
+        ).to(tl.float32)  # fmt: skip
+        weight = tl.load(dloss_ptr + row * dloss_step).to(tl.float64) * tl.load(factor_ptr)
+        lse = tl.load(lse_ptr + row)
+        at_label = 0.0
+        if (label >= first) & (label < first + BLOCK) & (label < vocab):
+            z_label, _ = _transform(
+                tl.load(row_ptr + label).to(tl.float32), scale, softcap, inverse,
+                SCALED, CAPPED, PRECISE,
+            )  # fmt: skip
+            at_label = _label_gradient(
+                z_label, lse, weight, smoothing, z_loss, vocab, SMOOTH, Z_LOSS
+            )
+        high, shared, spread = _row_scalars(lse, weight, smoothing, z_loss, vocab, SMOOTH, Z_LOSS)
+        d = _gradient(
+            x, columns, label, at_label, high, shared, spread, scale, softcap, inverse,
+            SCALED, CAPPED, SMOOTH, PRECISE,
+        )  # fmt: skip
+        tl.store(out_ptr + columns, d, mask=inside)
+
+
+@triton.jit
+def loss_and_gradient_in_place(
+    logits_ptr, labels_ptr, losses_ptr, row_step, label_step, vocab, ignore_index,
+    smoothing, z_loss, scale, softcap, inverse, unit,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr,
+    PRECISE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The loss of one row; its logits are overwritten with ``unit`` times their gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row * label_step)
+    row_ptr = logits_ptr + row * row_step
+    at = tl.arange(0, BLOCK)
+    if label == ignore_index:
+        tl.store(losses_ptr + row, 0.0)
+        if GRADIENT:
+            for first in range(0, vocab, BLOCK):
+                columns = first + at
+                zero = tl.zeros((BLOCK,), tl.float32)
+                tl.store(row_ptr + columns, zero, mask=columns < vocab)
+    else:
+        loss, lse, z_label = _row_loss(
+            row_ptr, label, vocab, smoothing, z_loss, scale, softcap, inverse,
+            SCALED, CAPPED, SMOOTH, Z_LOSS, PRECISE, BLOCK, WIDE, GRADIENT,
+        )  # fmt: skip
+        tl.store(losses_ptr + row, loss)
+        if GRADIENT:
+            weight = _wide(unit)
+            at_label = _label_gradient(
+                z_label, lse, weight, smoothing, z_loss, vocab, SMOOTH, Z_LOSS
+            )
+            high, shared, spread = _row_scalars(
+                lse, weight, smoothing, z_loss, vocab, SMOOTH, Z_LOSS
+            )
+            for first in range(0, vocab, BLOCK):
+                columns = first + at
+                inside = columns < vocab
+                x = tl.load(
+                    row_ptr + columns, mask=inside, other=0.0, eviction_policy="evict_first"
+                ).to(tl.float32)  # fmt: skip
+                d = _gradient(
+                    x, columns, label, at_label, high, shared, spread, scale, softcap, inverse,
+                    SCALED, CAPPED, SMOOTH, PRECISE,
+                )  # fmt: skip
+                tl.store(row_ptr + columns, d, mask=inside)
+
+
+@triton.jit
+def scale_to(saved_ptr, dloss_ptr, factor_ptr, out_ptr, elements, BLOCK: tl.constexpr):
+    """out = round(saved dloss factor), the product in float32 by a weight rounded from float64."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    at = start + tl.arange(0, BLOCK)
+    inside = at < elements
+    weight = (tl.load(dloss_ptr).to(tl.float64) * tl.load(factor_ptr)).to(tl.float32)
+    value = tl.load(saved_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first")
+    tl.store(out_ptr + at, value * weight, mask=inside)
+
+
+def _constants(form: Any, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "SCALED": form.scale != 1.0,
+        "CAPPED": form.softcap > 0,
+        "SMOOTH": form.label_smoothing > 0,
+        "Z_LOSS": form.z_loss > 0,
+        "PRECISE": dtype is torch.float32,
+        "enable_fp_fusion": True,
+    }
+
+
+def _numbers(form: Any) -> tuple[float, float, float, float, float]:
+    inverse = 1.0 / form.softcap if form.softcap > 0 else 0.0
+    return form.label_smoothing, form.z_loss, form.scale, form.softcap, inverse
+
+
+def _row_block(vocab: int, itemsize: int, largest: int) -> tuple[int, int, int]:
+    """(BLOCK, WIDE, warps) of a program that walks along a row: 16 bytes a lane and step."""
+    wide = 16 // itemsize
+    block = min(max(1 << (vocab - 1).bit_length(), 32 * wide), largest)
+    return block, wide, max(1, min(largest // 1024, block // (32 * wide)))
+
+
+def launch_forward(
+    logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, lse: torch.Tensor, form: Any
+) -> None:
+    """Write every row's loss (any float dtype) and log-sum-exp (float64)."""
+    rows, vocab = logits.shape
+    block, wide, warps = _row_block(vocab, logits.element_size(), 8192)
+    with on_device_of(logits):
+        cross_entropy_forward[(rows,)](
+            logits, labels, losses, lse, logits.stride(0), labels.stride(0), vocab,
+            form.ignore_index, *_numbers(form),
+            BLOCK=block, WIDE=wide, num_warps=warps, **_constants(form, logits.dtype),
+        )  # fmt: skip
+
+
+def launch_reduce(
+    losses: torch.Tensor | None,
+    labels: torch.Tensor,
+    denominator: torch.Tensor | None,
+    vocab: int,
+    ignore_index: int,
+    mean: bool,
+    unit: float,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The loss (None without ``losses``) and the factor of the gradients; asserts the labels' range.
+
+    The assertion is on the device: nothing is brought to the host.
+    """
+    device = labels.device
+    loss = None if losses is None else torch.empty((), dtype=torch.float32, device=device)
+    factor = torch.empty((), dtype=torch.float64, device=device)
+    good = torch.empty((), dtype=torch.int32, device=device)
+    rows = labels.shape[0]
+    block = min(2048, max(32, 1 << (rows - 1).bit_length()))
+    with on_device_of(labels):
+        cross_entropy_reduce[(1,)](
+            losses, labels, denominator, loss, factor, good,
+            rows, labels.stride(0), vocab, ignore_index, unit,
+            REDUCE=losses is not None, MEAN=mean, DIVIDED=denominator is not None, BLOCK=block,
+            num_warps=max(1, block // 256), enable_fp_fusion=True,
+        )  # fmt: skip
+    torch._assert_async(good, f"labels: expected {ignore_index} or 0 <= label < {vocab}")
+    return loss, factor
+
+
+def launch_backward(
+    dloss: torch.Tensor,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    lse: torch.Tensor,
+    factor: torch.Tensor,
+    dlogits: torch.Tensor,
+    form: Any,
+) -> None:
+    """Write d(logits) into a dense tensor."""
+    rows, vocab = logits.shape
+    block = min(4096 if logits.element_size() == 2 else 2048, 1 << (vocab - 1).bit_length())
+    column_blocks = -(-vocab // block)
+    with on_device_of(logits):
+        cross_entropy_backward[(rows * column_blocks,)](
+            dloss, logits, labels, lse, factor, dlogits,
+            dloss.stride(0) if dloss.dim() else 0, logits.stride(0), labels.stride(0), vocab,
+            column_blocks, form.ignore_index, *_numbers(form),
+            BLOCK=block, num_warps=max(1, min(8, block // 512)), **_constants(form, logits.dtype),
+        )  # fmt: skip
+
+
+def launch_in_place(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    losses: torch.Tensor,
+    form: Any,
+    unit: float,
+    gradient: bool,
+) -> None:
+    """Write the rows' losses (float64) and overwrite the logits with ``unit`` d(logits)."""
+    rows, vocab = logits.shape
+    block, wide, warps = _row_block(vocab, logits.element_size(), 8192)
+    with on_device_of(logits):
+        loss_and_gradient_in_place[(rows,)](
+            logits, labels, losses, logits.stride(0), labels.stride(0), vocab, form.ignore_index,
+            *_numbers(form), unit,
+            GRADIENT=gradient, BLOCK=block, WIDE=wide, num_warps=min(2 * warps, block // 256),
+            **_constants(form, logits.dtype),
+        )  # fmt: skip
+
+
+def launch_scale(
+    saved: torch.Tensor, dloss: torch.Tensor, factor: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Write saved times the upstream scalar times ``factor``; both dense."""
+    block = 2048
+    with on_device_of(saved):
+        scale_to[(-(-saved.numel() // block),)](
+            saved, dloss, factor, out, saved.numel(), BLOCK=block, num_warps=4
+        )
