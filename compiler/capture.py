@@ -99,7 +99,6 @@ def _spine_forward(cls: type[nn.Module], backend: Backend, session: Session) -> 
     inner = modules.inner_forward(cls)
     has_cache = "use_cache" in inspect.signature(inner).parameters
 
-    @torch._dynamo.disable
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if has_cache and self.training and torch.is_grad_enabled():
             if _cache_forced(kwargs):
@@ -115,7 +114,7 @@ def _spine_forward(cls: type[nn.Module], backend: Backend, session: Session) -> 
             mark_rows(out.values() if isinstance(out, dict) else out)
         return out
 
-    return forward
+    return torch._dynamo.disable(forward)
 
 
 def _cache_forced(kwargs: dict[str, Any]) -> bool:

@@ -114,6 +114,11 @@ def strip_casts(node: fx.Node) -> fx.Node:
     return node
 
 
+def argument(node: Any, index: int, default: Any = None) -> Any:
+    """The call's positional argument, or ``default`` where it was left out."""
+    return node.args[index] if len(node.args) > index else default
+
+
 def operands(node: fx.Node) -> tuple[Any, Any]:
     """The two operands of a binary call."""
     return node.args[0], node.args[1]
@@ -143,15 +148,16 @@ def as_slice(node: fx.Node) -> tuple[fx.Node, int, int, int, int] | None:
     Sizes along the sliced dimension must be static; None otherwise.
     """
     if is_call(node, aten.slice.Tensor):
-        source, dim, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
-        dim = normal_dim(source, dim or 0)
+        source: fx.Node = argument(node, 0)
+        start, stop, step = (argument(node, i) for i in (2, 3, 4))
+        dim = normal_dim(source, argument(node, 1, 0))
         size = shape(source)[dim]
         if not all(isinstance(v, int) or v is None for v in (size, start, stop, step)):
             return None
         first, end, stride = slice(start, stop, step or 1).indices(size)
         return source, dim, first, end, stride
     if is_call(node, operator.getitem) and is_call(node.args[0]):
-        return _piece(node.args[0], node.args[1])  # type: ignore[arg-type]
+        return _piece(argument(node, 0), argument(node, 1))
     return None
 
 
@@ -165,8 +171,8 @@ def _piece(split: fx.Node, index: int) -> tuple[fx.Node, int, int, int, int] | N
         aten.unsafe_chunk.default,
     ):
         return None
-    source: fx.Node = split.args[0]  # type: ignore[assignment]
-    dim = normal_dim(source, split.args[2] if len(split.args) > 2 else 0)  # type: ignore[arg-type]
+    source: fx.Node = argument(split, 0)
+    dim = normal_dim(source, argument(split, 2, 0))
     widths = [piece.shape[dim] for piece in value(split)]
     if not all(isinstance(w, int) for w in widths):
         return None

@@ -67,8 +67,9 @@ def _inductor(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., An
     from torch._inductor.compile_fx import compile_fx
 
     patches = {"fallback_random": True} if _draws(gm.graph) else None
-    run: Callable[..., Any] = compile_fx(gm, example_inputs, config_patches=patches)
-    return run
+    run: Any = compile_fx(gm, example_inputs, config_patches=patches)
+    compiled: Callable[..., Any] = run
+    return compiled
 
 
 def _draws(graph: fx.Graph) -> bool:

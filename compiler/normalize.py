@@ -49,13 +49,13 @@ def _emit_whole(target: Any, args: Any, kwargs: Any) -> Any:
     mode = get_proxy_mode()
     if mode is None:
         raise NotNormalizable(f"{target} outside of tracing")
-    tracer = mode.tracer
+    tracer: Any = mode.tracer
     with disable_proxy_modes_tracing():
         out = target(*args, **kwargs)
 
     def to_proxy(leaf: Any) -> Any:
         if isinstance(leaf, fx.GraphModule):
-            name = f"body_{sum(1 for _ in tracer.root.children())}"
+            name = f"body_{len(list(tracer.root.children()))}"
             tracer.root.add_module(name, leaf)
             return tracer.create_proxy("get_attr", name, (), {})
         return tracer.unwrap_proxy(leaf)
@@ -123,7 +123,7 @@ def _impure(node: fx.Node) -> bool:
 def _drop_identities(graph: fx.Graph) -> None:
     """Remove aliases, casts to the same dtype and slices of everything, as the metadata proves."""
     for node in list(ir.calls(graph)):
-        source = node.args[0] if node.args else None
+        source = ir.argument(node, 0)
         if not ir.is_tensor(source):
             continue
         same = node.target in ir.CASTS and _same_tensor(node, source)
@@ -135,9 +135,10 @@ def _drop_identities(graph: fx.Graph) -> None:
 
 def _same_tensor(node: fx.Node, source: fx.Node) -> bool:
     a, b = ir.value(node), ir.value(source)
-    copies = bool(node.kwargs.get("copy")) or node.target is aten._to_copy.default
+    target: Any = node.target
+    copies = bool(node.kwargs.get("copy")) or target is aten._to_copy.default
     copies = copies or node.kwargs.get("memory_format") not in (None, torch.preserve_format)
-    tail = {aten.to.dtype: 2, aten.to.other: 2, aten.to.device: 3}.get(node.target, len(node.args))
+    tail = {aten.to.dtype: 2, aten.to.other: 2, aten.to.device: 3}.get(target, len(node.args))
     copies = copies or any(bool(v) for v in node.args[tail:])
     return not copies and a.dtype == b.dtype and a.device == b.device
 
@@ -145,6 +146,8 @@ def _same_tensor(node: fx.Node, source: fx.Node) -> bool:
 def _slices_all(node: fx.Node) -> bool:
     if not ir.is_call(node, aten.slice.Tensor):
         return False
-    _, _, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    start, stop, step = (
+        ir.argument(node, i, default) for i, default in ((2, 0), (3, None), (4, 1))
+    )
     unbounded = stop is None or (isinstance(stop, int) and stop >= 2**63 - 1)
-    return start in (0, None) and unbounded and step == 1
+    return bool(start in (0, None) and unbounded and step == 1)

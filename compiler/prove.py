@@ -238,7 +238,8 @@ def _sizes_of(node: fx.Node | None) -> list[torch.SymInt]:
     if isinstance(val, torch.SymInt):
         return [val]
     if isinstance(val, torch.Tensor):
-        return [s for s in val.shape if isinstance(s, torch.SymInt)]
+        sizes: tuple[Any, ...] = tuple(val.shape)
+        return [s for s in sizes if isinstance(s, torch.SymInt)]
     return []
 
 

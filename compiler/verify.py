@@ -44,7 +44,7 @@ class _Float64(_Quiet):
 
     def run_node(self, node: fx.Node) -> Any:
         if ir.is_cast(node):
-            return self.env[node.args[0]]
+            return self.env[ir.argument(node, 0)]
         return super().run_node(node)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:

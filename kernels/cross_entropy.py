@@ -185,7 +185,7 @@ def reference_fwd(
 ) -> _Results:
     """loss, lse and factor in plain PyTorch; see the module's header."""
     check_logits(logits, labels)
-    check_loss(*logits.shape, labels, reduction)
+    check_loss(logits.shape[0], logits.shape[1], labels, reduction)
     check_range(labels, ignore_index, logits.shape[1])
     form = LossForm(ignore_index, label_smoothing, softcap, scale, z_loss)
     rows, lse = row_loss(logits, labels, form)

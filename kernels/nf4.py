@@ -50,7 +50,7 @@ def check(q: Quantised, rows: int, columns: int) -> None:
         ("absmax", q.absmax, torch.uint8 if nested else torch.float32, blocks),
         ("code", q.code, torch.float32, 16),
     ]
-    if nested:
+    if q.offset is not None:
         if q.nested_absmax is None or q.nested_code is None:
             raise ValueError("nested_absmax and nested_code: expected beside offset, got None")
         wanted += [

@@ -87,8 +87,9 @@ class CrossEntropy:
 
 
 def _losses(anchor: fx.Node) -> Iterator[_Loss]:
-    arguments = (*anchor.args, *(None, 1, -100, 0.0)[len(anchor.args) - 2 :])
-    logits, labels, weight, reduction, ignore_index, smoothing = arguments
+    logits, labels, weight = (ir.argument(anchor, i) for i in range(3))
+    reduction, ignore_index = ir.argument(anchor, 3, 1), ir.argument(anchor, 4, -100)
+    smoothing = ir.argument(anchor, 5, 0.0)
     if weight is not None:
         raise Refused("class weights are not offered by the kernel")
     if len(ir.shape(logits)) != 2 or ir.dtype(labels).is_floating_point:
@@ -99,7 +100,7 @@ def _losses(anchor: fx.Node) -> Iterator[_Loss]:
     )  # fmt: skip
     users = list(anchor.users)
     if loss.reduction == "sum" and len(users) == 1 and ir.is_call(users[0], aten.div.Tensor):
-        divisor = users[0].args[1]
+        divisor = ir.argument(users[0], 1)
         scalar = ir.is_tensor(divisor) and len(ir.shape(divisor)) == 0
         if users[0].args[0] is anchor and scalar and not ir.value(divisor).requires_grad:
             yield replace(loss, denominator=divisor, out=users[0], nodes=loss.nodes | {users[0]})
@@ -109,7 +110,7 @@ def _losses(anchor: fx.Node) -> Iterator[_Loss]:
 def _uncast(loss: _Loss) -> _Loss:
     node, passed = loss.logits, set(loss.nodes)
     while ir.widens(node) or ir.is_call(node, *_RESHAPES):
-        if not ir.is_cast(node) and len(ir.shape(node.args[0])) != 2:
+        if not ir.is_cast(node) and len(ir.shape(ir.argument(node, 0))) != 2:
             # The kernel takes rows: keep the view below the cast, and cast nothing.
             break
         passed.add(node)
@@ -194,10 +195,9 @@ def _as_recorded(graph: fx.Graph, made: fx.Node, out: fx.Node) -> fx.Node:
 
 
 def _fused(loss: _Loss, linear: fx.Node) -> Candidate:
-    x, weight = linear.args[:2]
-    bias = linear.args[2] if len(linear.args) > 2 else None
+    x, weight, bias = (ir.argument(linear, i) for i in range(3))
     inputs = {"logits": linear, "labels": loss.labels, "denominator": loss.denominator}
-    classes = ir.shape(weight)[0]  # type: ignore[arg-type]
+    classes = ir.shape(weight)[0]
 
     def formula(t: dict[str, Any], rounder: Rounder) -> list[torch.Tensor]:
         return [_formula(loss, t["logits"].reshape(-1, t["logits"].shape[-1]), t)]

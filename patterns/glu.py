@@ -60,9 +60,9 @@ class GLU:
             if not ir.is_call(node, aten.mul.Tensor) or not ir.is_floating(node):
                 continue
             sides = ir.operands(node)
-            if all(ir.is_floating(s) and ir.shape(s) == ir.shape(node) for s in sides):
-                if any(_gates(node, s) for s in dict.fromkeys(sides)):
-                    yield node
+            alike = all(ir.is_floating(s) and ir.shape(s) == ir.shape(node) for s in sides)
+            if alike and any(_gates(node, s) for s in dict.fromkeys(sides)):
+                yield node
 
     def candidates(self, anchor: fx.Node) -> Iterator[Candidate]:
         """Claims about the product: either side may be the gate."""

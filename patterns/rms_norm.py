@@ -68,7 +68,7 @@ def _inverse_root(node: fx.Node) -> bool:
     if ir.is_call(node, aten.rsqrt.default):
         return True
     if ir.is_call(node, aten.pow.Tensor_Scalar):
-        return node.args[1] == -0.5
+        return bool(ir.argument(node, 1) == -0.5)
     if ir.is_call(node, aten.sqrt.default):
         return any(
             ir.is_call(u, aten.reciprocal.default)
@@ -79,7 +79,7 @@ def _inverse_root(node: fx.Node) -> bool:
 
 
 def _library_call(node: fx.Node) -> Iterator[Candidate]:
-    x, dims, weight, eps = (*node.args, *(None, None)[len(node.args) - 2 :])
+    x, dims, weight, eps = (ir.argument(node, i) for i in range(4))
     if list(dims) != list(ir.shape(x))[-1:]:
         raise Refused("normalises over more than the last dimension")
     eps = torch.finfo(ir.dtype(x)).eps if eps is None else eps

@@ -93,8 +93,7 @@ def _rotation(node: fx.Node) -> tuple[fx.Node, str] | None:
         if sum(negated) != 1:
             return None
         roots = [
-            _root_of_piece(p.args[0] if n else p)  # type: ignore[union-attr, arg-type]
-            for p, n in zip(pieces, negated, strict=True)
+            _root_of_piece(p.args[0] if n else p) for p, n in zip(pieces, negated, strict=True)
         ]
     if None in roots or any(r is not roots[0] for r in roots):
         return None

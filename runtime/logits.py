@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
+from typing_extensions import Self
 
 _METADATA = frozenset(
     {
@@ -81,9 +82,9 @@ class LazyLogits(torch.Tensor):
         dtype: torch.dtype,
         attached: bool = True,
         casts: tuple[torch.dtype, ...] = (),
-    ) -> LazyLogits:
+    ) -> Self:
         device = next(t.device for t in leaves if isinstance(t, torch.Tensor))
-        lazy: LazyLogits = torch.Tensor._make_wrapper_subclass(
+        lazy: Self = torch.Tensor._make_wrapper_subclass(
             cls, tuple(sizes), dtype=dtype, device=device
         )
         return lazy
@@ -165,7 +166,7 @@ class LazyLogits(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         # Reached by callers that bypass __torch_function__ (C++ code, autograd's own calls).
@@ -178,7 +179,7 @@ class LazyLogits(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         return self.materialize().detach().clone()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         if not self.materialized:
             return f"LazyLogits(shape={tuple(self._sizes)}, dtype={self.dtype}, not computed)"
         return repr(self._known)

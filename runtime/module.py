@@ -63,7 +63,8 @@ def subclass(cls: type[nn.Module], forward: Callable[..., Any], owner: object) -
             memo[id(self)] = twin
             twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         twin.__class__ = made
-        return twin
+        copied: nn.Module = twin
+        return copied
 
     made: type[nn.Module] = type(
         cls.__name__,
