@@ -67,13 +67,13 @@ def _row_statistics(
         if SCALED or CAPPED:
             z = tl.where(inside, z, -float("inf"))
         higher = tl.maximum(top, tl.max(z, axis=1))
-        terms = tl.exp(z - higher[:, None])
-        total = total * tl.exp(top - higher) + tl.sum(terms, axis=1)
+        terms = exp(z - higher[:, None], False)
+        total = total * exp(top - higher, False) + tl.sum(terms, axis=1)
         top = higher
         if SMOOTH:
             spread += tl.sum(tl.where(inside, z - anchor, 0.0), axis=1)
     highest = tl.max(top, axis=0)
-    sum64 = tl.sum(total.to(tl.float64) * tl.exp(top - highest).to(tl.float64), axis=0)
+    sum64 = tl.sum(total.to(tl.float64) * exp(top - highest, False).to(tl.float64), axis=0)
     return highest, sum64, tl.sum(spread.to(tl.float64), axis=0)
 
 
@@ -157,7 +157,7 @@ def _gradient(
     d = p * shared
     if SMOOTH:
         d -= spread
-    d = tl.where(columns == label, at_label, d)
+    d = tl.where(columns == label.to(tl.int32), at_label, d)
     if CAPPED:
         d *= slope
     if SCALED:

@@ -50,7 +50,7 @@ def exp(x, PRECISE: tl.constexpr):
         half = tl.floor(n * 0.5)  # 2^n may leave float32's range where its two halves do not
         result = tl.exp2(r * _LOG2_E) * tl.exp2(half) * tl.exp2(n - half)
     else:
-        result = tl.exp(x)
+        result = tl.exp2(x * _LOG2_E)  # tl.exp keeps subnormal results, for three operations more
     return result
 
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fusewright.kernels.launch import HAS_TRITON, on_device_of, tl, triton
 from fusewright.kernels.spec import OpSpec
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -133,6 +134,135 @@ def reference_fwd(
     return out
 
 
+@triton.jit
+def _scale(
+    block, inside, absmax_ptr, offset_ptr, nested_absmax_ptr, nested_code_ptr,
+    NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+):  # fmt: skip
+    """The scales of blocks, as bitsandbytes rounds them."""
+    scale = tl.load(absmax_ptr + block, mask=inside, other=0)
+    if NESTED:
+        inner = tl.load(nested_code_ptr + scale.to(tl.int32), mask=inside, other=0.0)
+        outer = tl.load(nested_absmax_ptr + block // NESTED_BLOCKSIZE, mask=inside, other=0.0)
+        scale = inner * outer + tl.load(offset_ptr)
+    return scale
+
+
+@triton.jit
+def dequantize_blocks(
+    packed_ptr, absmax_ptr, code_ptr, offset_ptr, nested_absmax_ptr, nested_code_ptr, out_ptr,
+    blocks, row_blocks, out_row,
+    NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, BLOCKSIZE: tl.constexpr,
+    DENSE: tl.constexpr, BLOCKS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """STEPS times BLOCKS whole blocks, none of which crosses a row.
+
+    A thread reads 4 bytes and writes the 8 elements in them, so that both are coalesced.
+    """
+    HALF: tl.constexpr = BLOCKSIZE // 2
+    start = tl.program_id(0) * (BLOCKS * STEPS)
+    for step in tl.static_range(STEPS):
+        block = start + step * BLOCKS + tl.arange(0, BLOCKS)
+        inside = block < blocks
+        both = inside[:, None]
+        scale = _scale(
+            block, inside, absmax_ptr, offset_ptr, nested_absmax_ptr, nested_code_ptr,
+            NESTED, NESTED_BLOCKSIZE,
+        )  # fmt: skip
+        wide = block.to(tl.int64)[:, None]
+        at = wide * HALF + tl.arange(0, HALF)[None, :]
+        packed = tl.load(packed_ptr + at, mask=both, other=0, eviction_policy="evict_first")
+        packed = packed.to(tl.int32)
+        first = tl.load(code_ptr + (packed >> 4)) * scale[:, None]
+        second = tl.load(code_ptr + (packed & 15)) * scale[:, None]
+        weight = tl.reshape(tl.join(first, second), (BLOCKS, BLOCKSIZE))
+        column = tl.arange(0, BLOCKSIZE)[None, :]
+        if DENSE:
+            to = wide * BLOCKSIZE + column
+        else:
+            row = block // row_blocks
+            rest = (block - row * row_blocks) * BLOCKSIZE
+            to = row.to(tl.int64)[:, None] * out_row + (rest[:, None] + column)
+        tl.store(out_ptr + to, weight, mask=both)
+
+
+@triton.jit
+def dequantize_elements(
+    packed_ptr, absmax_ptr, code_ptr, offset_ptr, nested_absmax_ptr, nested_code_ptr, out_ptr,
+    elements, columns, out_row,
+    NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, BLOCKSIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Any shape, one element a lane: blocks may cross rows, and a byte too."""
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < elements
+    scale = _scale(
+        element // BLOCKSIZE, inside, absmax_ptr, offset_ptr, nested_absmax_ptr, nested_code_ptr,
+        NESTED, NESTED_BLOCKSIZE,
+    )  # fmt: skip
+    packed = tl.load(packed_ptr + element // 2, mask=inside, other=0).to(tl.int32)
+    nibble = tl.where(element % 2 == 0, packed >> 4, packed & 15)
+    weight = tl.load(code_ptr + nibble) * scale
+    row = element // columns
+    to = row * out_row + (element - row * columns)
+    tl.store(out_ptr + to, weight, mask=inside)
+
+
+def triton_into(out: torch.Tensor, q: Quantised) -> None:
+    """Write the weight into ``out``, which may have any row stride, by a kernel."""
+    rows, columns = out.shape
+    check(q, rows, columns)
+    check_out(out, q)
+    if out.numel() == 0:
+        return
+    out_row = out.stride(0)
+    dense = out_row == columns or rows == 1
+    whole = (out.numel() if dense else columns) % q.blocksize == 0
+    tensors = (
+        q.packed, q.absmax, q.code, q.offset, q.nested_absmax, q.nested_code, out
+    )  # fmt: skip
+    shared = {
+        "NESTED": q.offset is not None,
+        "NESTED_BLOCKSIZE": q.nested_blocksize,
+        "BLOCKSIZE": q.blocksize,
+        "enable_fp_fusion": False,  # the scale is a product and a sum, each rounded
+    }
+    with on_device_of(out):
+        if whole:
+            blocks, tile, steps = out.numel() // q.blocksize, max(1, 2048 // q.blocksize), 4
+            dequantize_blocks[(-(-blocks // (tile * steps)),)](
+                *tensors, blocks, columns // q.blocksize, out_row,
+                DENSE=dense, BLOCKS=tile, STEPS=steps, num_warps=8, **shared,
+            )  # fmt: skip
+        else:
+            dequantize_elements[(-(-out.numel() // 1024),)](
+                *tensors, out.numel(), columns, out_row, BLOCK=1024, num_warps=4, **shared
+            )
+
+
+def triton_fwd(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    code: torch.Tensor,
+    offset: torch.Tensor | None,
+    nested_absmax: torch.Tensor | None,
+    nested_code: torch.Tensor | None,
+    rows: int,
+    columns: int,
+    blocksize: int,
+    nested_blocksize: int,
+    row_stride: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The weight by a kernel."""
+    q = Quantised(
+        packed, absmax, code, offset, nested_absmax, nested_code, blocksize, nested_blocksize
+    )
+    out = new_output(packed, rows, columns, row_stride, dtype)
+    triton_into(out, q)
+    return out
+
+
 def _fake_fwd(packed: torch.Tensor, *rest: Any) -> torch.Tensor:
     rows, columns, _, _, row_stride, dtype = rest[5:]
     return new_output(packed, rows, columns, row_stride, dtype)
@@ -153,5 +283,6 @@ OPS = (
         save=_nothing,
         reference=(reference_fwd, _nothing),
         fake=(_fake_fwd, _nothing),
+        triton=(triton_fwd, _nothing) if HAS_TRITON else None,
     ),
 )

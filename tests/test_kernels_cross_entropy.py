@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from backends import Backend
 from numerics import assert_not_worse_pooled, error
+from targets import Case, assert_compiles
 
 from fusewright.kernels import cross_entropy as family
 from fusewright.runtime.op import register_all
@@ -229,3 +230,41 @@ def test_bad_input_is_named() -> None:
         call(logits, labels, "max")
     with pytest.raises(ValueError, match=r"logits: expected shape \(T, V\)"):
         call(logits[0], labels)
+
+
+def compiled_cases() -> list[Case]:
+    """Every kernel as launched for long rows, plain and with everything on."""
+    module = "fusewright.kernels.cross_entropy_kernels:"
+    numbers = {n: "fp32" for n in ("smoothing", "z_loss", "scale", "softcap", "inverse")}
+    ints = {"row_step": "i32:16", "label_step": "i32", "vocab": "i32:16", "ignore_index": "i32"}
+    labels, wide = {"labels_ptr": "*i64:16"}, "*fp64:16"
+    cases = []
+    for kind, on in (("bf16", False), ("fp16", True), ("fp32", True)):
+        pointer = f"*{kind}:16"
+        flags = {n: on for n in ("SCALED", "CAPPED", "SMOOTH", "Z_LOSS")}
+        flags |= {"PRECISE": kind == "fp32"}
+        row = flags | {"BLOCK": 8192, "WIDE": 4 if kind == "fp32" else 8}
+        shared = labels | ints | numbers | {"logits_ptr": pointer}
+        types = shared | {"losses_ptr": wide, "lse_ptr": wide}
+        cases.append(Case(module + "cross_entropy_forward", types, row, 8))
+        types = shared | {"losses_ptr": wide, "unit": "fp32"}
+        name = module + "loss_and_gradient_in_place"
+        cases.append(Case(name, types, row | {"GRADIENT": True}, 16))
+        types = shared | {"lse_ptr": wide, "factor_ptr": wide, "dlogits_ptr": pointer}
+        types |= {"dloss_ptr": "*fp32:16", "dloss_step": "i32", "column_blocks": "i32"}
+        block = 2048 if kind == "fp32" else 4096
+        name = module + "cross_entropy_backward"
+        cases.append(Case(name, types, flags | {"BLOCK": block}, block // 512))
+    types = labels | ints | {"losses_ptr": wide, "denominator_ptr": "*i64:16", "rows": "i32"}
+    types |= {"loss_ptr": "*fp32:16", "factor_ptr": wide, "good_ptr": "*i32:16", "unit": "fp32"}
+    del types["row_step"]
+    flags = {"REDUCE": True, "MEAN": True, "DIVIDED": True, "BLOCK": 2048}
+    cases.append(Case(module + "cross_entropy_reduce", types, flags, 8))
+    types = {"saved_ptr": "*fp32:16", "dloss_ptr": "*fp32:16", "factor_ptr": wide}
+    types |= {"out_ptr": "*bf16:16", "elements": "i64:16"}
+    cases.append(Case(module + "scale_to", types, {"BLOCK": 2048}, 4))
+    return cases
+
+
+def test_kernels_compile_without_spills() -> None:
+    assert_compiles(compiled_cases())
