@@ -108,8 +108,9 @@ def report(session: Session) -> CoverageReport:
         if record.failure:
             for path in sorted(record.modules):
                 out.eager_now.setdefault(path, record.failure)
-        fired += _collapse([_fired(m, record, instances) for m in record.matches])
-        missed += _collapse([_missed(m, instances) for m in record.misses])
+        fired += [_fired(m, record, instances) for m in record.matches]
+        missed += [_missed(m, instances) for m in record.misses]
+    fired, missed = _collapse(fired), _collapse(missed)
     out.rows = fired + missed
     counts: Counter[str] = Counter()
     for row in fired:
@@ -173,7 +174,7 @@ def _missed(miss: Miss, instances: int) -> Row:
 
 
 def _collapse(rows: list[Row]) -> list[Row]:
-    """Rows that differ in their count and module only become one."""
+    """Rows that differ in their count, module and errors only become one; the worst error stays."""
     merged: dict[str, Row] = {}
     for row in rows:
         key = json.dumps(
@@ -184,7 +185,8 @@ def _collapse(rows: list[Row]) -> list[Row]:
         if known is None:
             merged[key] = row
         else:
-            where = known.where if row.where in known.where else f"{known.where}, {row.where}"
-            values = asdict(known) | {"count": known.count + row.count, "where": where}
+            places = list(dict.fromkeys([*known.where.split(", "), row.where]))
+            worst = max(known, row, key=lambda r: r.error or 0.0)
+            values = asdict(worst) | {"count": known.count + row.count, "where": ", ".join(places)}
             merged[key] = Row(**values)
     return list(merged.values())

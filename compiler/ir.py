@@ -7,6 +7,7 @@ here changes a graph.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -198,9 +199,8 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:
         return ""
-    path = str(list(stack.values())[-1][0])
-    path = path.replace("L['self']", "").replace("._modules['", ".").replace("']", "")
-    return path.strip(".")
+    path = re.sub(r"^L\['\w+'\]", "", str(list(stack.values())[-1][0]))
+    return path.replace("._modules['", ".").replace("']", "").strip(".")
 
 
 def calls(graph: fx.Graph) -> Iterator[fx.Node]:

@@ -1,7 +1,8 @@
 """Lower: turn a rewritten graph into the callable that the region runs.
 
 ``fx`` runs the graph's generated Python on the eager dispatcher; autograd records as usual.
-``inductor`` hands it to AOTAutograd and Inductor, which fuse what no pattern took.
+``inductor`` hands it to AOTAutograd and Inductor, which fuse what no pattern took. ``aot`` stops at
+AOTAutograd's graphs and runs those.
 """
 
 from __future__ import annotations
@@ -38,13 +39,17 @@ def lower(
     Args:
         gm: the graph; it is not run again as a module.
         example_inputs: Dynamo's example inputs.
-        how: "fx" or "inductor".
+        how: "fx", "aot" or "inductor".
         autocast_device: device type whose autocast was made explicit in the graph and must be off
             while it runs, or None.
     """
     with autocast_off(autocast_device):
         if how == "inductor":
             run = _inductor(gm, example_inputs)
+        elif how == "aot":
+            from torch._dynamo.backends.debugging import aot_eager
+
+            run = aot_eager(gm, example_inputs)
         else:
             gm.recompile()
             run = gm.forward
@@ -66,18 +71,20 @@ def autocast_off(device: str | None) -> Any:
 def _inductor(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {"fallback_random": True} if _draws(gm.graph) else None
+    patches = {"fallback_random": True} if _draws(gm) else None
     run: Any = compile_fx(gm, example_inputs, config_patches=patches)
     compiled: Callable[..., Any] = run
     return compiled
 
 
-def _draws(graph: fx.Graph) -> bool:
+def _draws(gm: fx.GraphModule) -> bool:
     """Whether the graph draws random numbers: Inductor's own generator gives other masks."""
-    for node in ir.calls(graph):
-        name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
-        if name in _RANDOM:
-            return True
-        if name == "scaled_dot_product_attention" and len(node.args) > 4 and node.args[4]:
-            return True
-    return False
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    return any(_is_random(node) for graph in graphs for node in ir.calls(graph))
+
+
+def _is_random(node: fx.Node) -> bool:
+    name = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
+    if name == "scaled_dot_product_attention":
+        return bool(ir.argument(node, 4, 0.0))
+    return name in _RANDOM

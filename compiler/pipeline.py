@@ -54,6 +54,9 @@ def _compile(
     gm: fx.GraphModule, example_inputs: list[Any], session: Session, record: GraphRecord
 ) -> Callable[..., Any]:
     writer = dump.Writer(session.options.environment, record, len(session.records) - 1)
+    bodies = checkpointed_bodies(gm)
+    if bodies:
+        return _compile_checkpointed(gm, bodies, example_inputs, session, record, writer)
     with _timed(record, "normalize"):
         canonical = normalize(gm)
         device = autocast.active_device()
@@ -71,15 +74,78 @@ def _compile(
     record.canonical, record.rewritten = canonical, rewritten
     if not record.matches:
         return _tracked(gm.forward, session, record)
-    how = lower.choose(session.options.lowering, rewritten.graph)
     with _timed(record, "lower"):
-        run = lower.lower(rewritten, example_inputs, how, device)
-        record.lowering = how
+        run = _lower(rewritten, example_inputs, session, record, device)
     run = run if deferred is None else lazy.attach(run, deferred)
     if session.options.verify == "first_step":
         run = _verified(run, canonical, rewritten, record, session, device)
     writer.done()
     return _tracked(run, session, record)
+
+
+def checkpointed_bodies(gm: fx.GraphModule) -> list[str]:
+    """Names of the sub-graphs that the user's code runs under an activation checkpoint."""
+    return [
+        str(ir.argument(node, 0).target)
+        for node in ir.calls(gm.graph)
+        if getattr(node.target, "__name__", "") == "tag_activation_checkpoint"
+    ]
+
+
+def _compile_checkpointed(
+    gm: fx.GraphModule,
+    bodies: list[str],
+    example_inputs: list[Any],
+    session: Session,
+    record: GraphRecord,
+    writer: dump.Writer,
+) -> Callable[..., Any]:
+    """Rewrite inside the checkpoints and leave the rest as captured.
+
+    The checkpoint's node does not keep the random state by itself: run as plain FX it gives other
+    dropout masks in the recompute. AOTAutograd handles it, so such a graph is always lowered by it.
+    """
+    writer.graph("00_capture", gm)
+    for name in dict.fromkeys(bodies):
+        with _timed(record, "normalize"):
+            body = normalize(gm.get_submodule(name))
+        with _timed(record, "match"):
+            match_and_rewrite(body, session, record)
+        writer.graph(f"02_rewrite_{name}", body)
+        gm.set_submodule(name, body)
+    gm.recompile()
+    how = lower.choose(session.options.lowering, gm.graph)
+    with _timed(record, "lower"):
+        run = lower.lower(gm, example_inputs, "inductor" if how == "inductor" else "aot", None)
+    record.lowering = how if how == "inductor" else "aot"
+    record.verdict.reason = "a checkpoint inside the region is not verified at run time"
+    writer.done()
+    return _tracked(run, session, record)
+
+
+def _lower(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    session: Session,
+    record: GraphRecord,
+    device: str | None,
+) -> Callable[..., Any]:
+    """The asked-for lowering; plain FX where Inductor refuses the graph."""
+    record.lowering = lower.choose(session.options.lowering, gm.graph)
+    if record.lowering == "fx":
+        return lower.lower(gm, example_inputs, "fx", device)
+    kept = copy.deepcopy(gm)
+    try:
+        return lower.lower(gm, example_inputs, record.lowering, device)
+    except Exception as error:
+        if session.options.strict:
+            raise
+        session.note(
+            f"{record.region}: Inductor refused it, it runs as plain FX: {_describe(error)}"
+        )
+        log.debug("Inductor refused region %s", record.region, exc_info=True)
+        record.lowering = "fx"
+        return lower.lower(kept, example_inputs, "fx", device)
 
 
 def match_and_rewrite(

@@ -1,0 +1,66 @@
+"""A checkpoint inside a block's own forward: the node that Dynamo makes of it drops random state."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fusewright
+
+
+class _Norm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(1 + 0.1 * torch.randn(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = _Norm(width)
+        self.gate, self.up = nn.Linear(width, 2 * width), nn.Linear(width, 2 * width)
+        self.down, self.drop = nn.Linear(2 * width, width), nn.Dropout(0.1)
+
+    def _body(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        return x + self.drop(self.down(F.silu(self.gate(h)) * self.up(h)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self._body, x, use_reentrant=False)
+
+
+class _Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(50, 32), nn.Linear(32, 50)
+        self.layers = nn.ModuleList([_Block(32) for _ in range(3)])
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("lowering", ["fx", "inductor"])
+def test_dropout_under_an_inner_checkpoint(lowering: str) -> None:
+    eager = _Model()
+    ours = fusewright.optimize(copy.deepcopy(eager), lowering=lowering)
+    ids = torch.randint(0, 50, (2, 9))
+
+    def step(model: nn.Module) -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        loss = F.cross_entropy(model(ids).view(-1, 50), ids.view(-1))
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    for mine, theirs in zip(step(ours), step(eager), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert fusewright.report(ours).counts == {"rms_norm": 3, "glu": 3}
