@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fusewright.kernels import rope_kernels
+from fusewright.kernels.launch import launchable
 from fusewright.kernels.reduce import absent, compute_dtype
 from fusewright.kernels.rows import check_rows, empty_ordered, leading_order
 from fusewright.kernels.spec import OpSpec
@@ -173,6 +175,49 @@ def reference_bwd(
     return dq, dk
 
 
+def triton_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    layout: str,
+    rotary_dim: int,
+    out_dtype: torch.dtype,
+) -> _Pair:
+    """q and k rotated, on the GPU."""
+    if not launchable(q, cos.dtype, sin.dtype, out_dtype):
+        return reference_fwd(q, k, cos, sin, layout, rotary_dim, out_dtype)
+    q_out, k_out = _fake_fwd(q, k, cos, sin, layout, rotary_dim, out_dtype)
+    to = k_out if k is not None else None
+    rope_kernels.turn(q, k, q_out, to, cos, sin, layout, rotary_dim, back=False)
+    return q_out, k_out
+
+
+def triton_bwd(
+    dq_out: torch.Tensor,
+    dk_out: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    layout: str,
+    rotary_dim: int,
+    dtype: torch.dtype,
+    q_order: Sequence[int],
+    k_order: Sequence[int],
+    need_q: bool,
+    need_k: bool,
+) -> _Pair:
+    """dq and dk, on the GPU."""
+    rest = (cos, sin, layout, rotary_dim, dtype, q_order, k_order, need_q, need_k)
+    if not launchable(dq_out, cos.dtype, sin.dtype, dtype):
+        return reference_bwd(dq_out, dk_out, *rest)
+    dq, dk = _fake_bwd(dq_out, dk_out, *rest)
+    q_pair = (dq_out, dq) if need_q else (None, None)
+    k_pair = (dk_out, dk) if need_k else (None, None)
+    pairs = (q_pair[0], k_pair[0], q_pair[1], k_pair[1])
+    rope_kernels.turn(*pairs, cos, sin, layout, rotary_dim, back=True)
+    return dq, dk
+
+
 def _fake_fwd(
     q: torch.Tensor,
     k: torch.Tensor | None,
@@ -227,6 +272,7 @@ OPS = (
         outputs=2,
         save=_save,
         reference=(reference_fwd, reference_bwd),
+        triton=(triton_fwd, triton_bwd),
         fake=(_fake_fwd, _fake_bwd),
     ),
 )

@@ -64,7 +64,7 @@ def compile_launches(module: str) -> tuple[Compiled, ...]:
     """What the launches of ``module`` compile to on every target; one process for all."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(_HERE), str(_HERE.parent / "src")])
-    command = [sys.executable, __file__, module]
+    command = [sys.executable, __file__, module.rpartition(".")[2]]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"compiling {module} failed:\n{done.stderr[-4000:]}")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import sympy as sp
 import torch
-from rows import DTYPES, compare, is_gradient, symbolic_mean, symbolic_row
+from backends import Backend
+from launches import TARGETS, assert_no_spills
+from rows import DTYPES, compare, is_gradient, on, symbolic_mean, symbolic_row
 from test_kernels_rms_norm import EPS
 from test_kernels_rms_norm import eager as eager_norm
 
-from fusewright.kernels import rms_norm
+from fusewright.kernels import add_rms_norm, rms_norm
 from fusewright.runtime.op import register_all
 
 register_all()
@@ -64,61 +68,117 @@ def test_a_wrong_sign_fails_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cast", ["input", "output"])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_error_is_not_above_eagers(dtype: torch.dtype, cast: str, offset: float) -> None:
+def test_error_is_not_above_eagers(
+    backend: Backend, dtype: torch.dtype, cast: str, offset: float
+) -> None:
     x, e = torch.randn(64, 130).to(dtype), (3 * torch.randn(64, 130)).to(dtype)
     w = (1 + 0.3 * torch.randn(130)).to(dtype)
     compare(
-        lambda x, e, w: OP(x, e, w, EPS, offset, cast, dtype)[:2],
+        backend,
+        lambda x, e, w: backend.ops.add_rms_norm(x, e, w, EPS, offset, cast, dtype)[:2],
         lambda x, e, w: eager(x, e, w, offset, cast),
         (x, e, w),
     )
 
 
-def test_sum_is_eagers_bit_for_bit() -> None:
-    x, e = torch.randn(8, 33).bfloat16(), torch.randn(8, 33).bfloat16()
-    assert torch.equal(OP(x, e, None, EPS, 0.0, "input", torch.bfloat16)[1], x + e)
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1024, 2304, 5120, 6144, 8192, 11008, 16384])
+def test_real_widths(width: int, dtype: torch.dtype) -> None:
+    x, e = (torch.randn(2050, width).to(dtype) for _ in range(2))
+    compare(
+        Backend("cuda", torch.ops.fusewright, "cuda"),
+        lambda x, e, w: OP(x, e, w, EPS, 0.0, "input", dtype)[:2],
+        eager,
+        (x, e, (1 + 0.3 * torch.randn(width)).to(dtype)),
+    )
 
 
-def test_either_operand_alone_and_either_output_alone() -> None:
-    x, e, w = torch.randn(4, 6), torch.randn(4, 6), torch.randn(6)
+def test_sum_is_eagers_bit_for_bit(backend: Backend) -> None:
+    x, e = (torch.randn(8, 33, device=backend.device).half() for _ in range(2))
+    total = backend.ops.add_rms_norm(x, e, None, EPS, 0.0, "input", torch.float16)[1]
+    assert torch.equal(total, x + e)
+
+
+def test_either_operand_alone_and_either_output_alone(backend: Backend) -> None:
+    x, e, w = (on(backend, torch.randn(s)).detach() for s in ((4, 6), (4, 6), (6,)))
     for leaf in (0, 1):
         for use in (0, 1):
             pair = [x, e]
             pair[leaf] = pair[leaf].clone().requires_grad_()
-            ours = OP(*pair, w, EPS, 0.0, "input", torch.float32)[use]
-            grads = [
-                torch.autograd.grad(y.sum(), pair[leaf])[0] for y in (ours, eager(*pair, w)[use])
-            ]
+            ours = backend.ops.add_rms_norm(*pair, w, EPS, 0.0, "input", torch.float32)[use]
+            both = (ours, eager(*pair, w)[use])
+            grads = [torch.autograd.grad(y.sum(), pair[leaf])[0] for y in both]
             torch.testing.assert_close(*grads)
 
 
-def test_the_shared_gradient_is_accumulated_apart() -> None:
-    x, e = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6, requires_grad=True)
+def test_the_shared_gradient_is_accumulated_apart(backend: Backend) -> None:
+    x, e = (on(backend, torch.randn(4, 6)) for _ in range(2))
     for _ in range(2):
-        y, total, _ = OP(x, e, None, EPS, 0.0, "input", torch.float32)
+        y, total, _ = backend.ops.add_rms_norm(x, e, None, EPS, 0.0, "input", torch.float32)
         (y.square().sum() + total.sum() + x.sum()).backward()
     assert x.grad is not None and e.grad is not None
     torch.testing.assert_close(x.grad - 2.0, e.grad)
 
 
-def test_no_rows() -> None:
-    x, e = torch.randn(0, 8, requires_grad=True), torch.randn(0, 8, requires_grad=True)
-    w = torch.randn(8, requires_grad=True)
-    y, total, _ = OP(x, e, w, EPS, 0.0, "input", torch.float32)
+def test_operands_of_unlike_strides(backend: Backend) -> None:
+    w = on(backend, torch.randn(8))
+    wide = on(backend, torch.randn(2, 4, 3, 20)[..., :8])
+    turned = on(backend, torch.randn(3, 4, 2, 8).transpose(0, 2))
+    for x, e in ((wide, turned), (turned, wide)):
+        y, total, _ = backend.ops.add_rms_norm(x, e, w, EPS, 0.0, "input", torch.float32)
+        torch.testing.assert_close((y, total), eager(x, e, w))
+        grads = [
+            torch.autograd.grad((a.cos() + b.sin()).sum(), (x, e, w))
+            for a, b in ((y, total), eager(x, e, w))
+        ]
+        torch.testing.assert_close(*grads)
+
+
+def test_a_wider_buffer_receives_the_output(kernels: Backend) -> None:
+    x, e, w = (torch.randn(s, device=kernels.device) for s in ((4, 8), (4, 8), (8,)))
+    buffer = torch.full((4, 12), 7.0, device=kernels.device)
+    args = (EPS, 0.0, "input", torch.float32)
+    _, total, _ = add_rms_norm.triton_fwd(x, e, w, *args, out=buffer[:, :8])
+    torch.testing.assert_close((buffer[:, :8], total), eager(x, e, w))
+    assert (buffer[:, 8:] == 7).all()
+
+
+def test_no_rows(backend: Backend) -> None:
+    x, e, w = (on(backend, torch.randn(s)) for s in ((0, 8), (0, 8), (8,)))
+    y, total, _ = backend.ops.add_rms_norm(x, e, w, EPS, 0.0, "input", torch.float32)
     dx, de, dw = torch.autograd.grad((y + total).sum(), (x, e, w))
     assert dx.shape == de.shape == (0, 8) and not dw.any()
 
 
-def test_bad_input_is_named() -> None:
-    x = torch.randn(2, 4)
+def test_bad_input_is_named(backend: Backend) -> None:
+    op, x = backend.ops.add_rms_norm, torch.randn(2, 4, device=backend.device)
     with pytest.raises(ValueError, match=r"residual: expected the shape of x \(2, 4\), got \(4,\)"):
-        OP(x, torch.randn(4), None, EPS, 0.0, "input", torch.float32)
+        op(x, x[0], None, EPS, 0.0, "input", torch.float32)
     with pytest.raises(TypeError, match=r"residual: expected the dtype of x"):
-        OP(x, x.half(), None, EPS, 0.0, "input", torch.float32)
+        op(x, x.half(), None, EPS, 0.0, "input", torch.float32)
 
 
-def test_fake_agrees() -> None:
+def test_fake_agrees(backend: Backend) -> None:
     for x in (torch.randn(2, 3, 8), torch.randn(3, 2, 8).transpose(0, 1)):
-        leaves = x.requires_grad_(), torch.randn(2, 3, 8, requires_grad=True)
-        weight = torch.randn(8, requires_grad=True)
-        torch.library.opcheck(OP.default, (*leaves, weight, EPS, 0.0, "input", torch.float32))
+        leaves = [on(backend, t) for t in (x, torch.randn(2, 3, 8), torch.randn(8))]
+        args = (*leaves, EPS, 0.0, "input", torch.float32)
+        torch.library.opcheck(backend.ops.add_rms_norm.default, args)
+
+
+def launches() -> Iterator[tuple[str, Callable[[], object]]]:
+    for dtype in (torch.bfloat16, torch.float32):
+        for width in (4096, 16384):
+            x, w, r = torch.empty(8, width, dtype=dtype), torch.empty(width), torch.empty(8)
+            args, tail = (EPS, 0.0, "input", dtype), (r, 0.0, "input", True, True)
+            yield f"{dtype} {width}", lambda x=x, w=w, a=args: add_rms_norm.triton_fwd(x, x, w, *a)
+            for need in (False, True):
+                yield (
+                    f"{dtype} {width} backward {need}",
+                    lambda x=x, w=w, t=tail, n=need: add_rms_norm.triton_bwd(x, x, x, w, *t, n),
+                )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_without_spills(target: str) -> None:
+    assert_no_spills(__name__, target)

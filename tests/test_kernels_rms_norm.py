@@ -1,13 +1,17 @@
-"""RMS normalisation: derivation, casting modes, layouts, precision, bad input."""
+"""RMS normalisation: derivation, casting modes, layouts, precision, launches, bad input."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 import pytest
 import sympy as sp
 import torch
-from rows import DTYPES, compare, is_gradient, symbolic_mean, symbolic_row
+from backends import Backend
+from launches import TARGETS, assert_no_spills
+from rows import DTYPES, compare, is_gradient, on, symbolic_mean, symbolic_row
 
-from fusewright.kernels import rms_norm
+from fusewright.kernels import norm_launch, rms_norm
 from fusewright.runtime.op import register_all
 
 register_all()
@@ -64,81 +68,207 @@ def test_a_wrong_sign_fails_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cast", ["input", "output"])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("scale", [1e-3, 30.0])
 def test_error_is_not_above_eagers(
-    dtype: torch.dtype, cast: str, offset: float, scale: float
+    backend: Backend, dtype: torch.dtype, cast: str, offset: float, scale: float
 ) -> None:
+    op = backend.ops.rms_norm
     x, w = (torch.randn(64, 130) * scale).to(dtype), (1 + 0.3 * torch.randn(130)).to(dtype)
     compare(
-        lambda x, w: OP(x, w, EPS, offset, cast, dtype)[0],
+        backend,
+        lambda x, w: op(x, w, EPS, offset, cast, dtype)[0],
         lambda x, w: eager(x, w, offset, cast),
         (x, w),
     )
     compare(
-        lambda x: OP(x, None, EPS, 0.0, cast, dtype)[0], lambda x: eager(x, None, cast=cast), (x,)
+        backend,
+        lambda x: op(x, None, EPS, 0.0, cast, dtype)[0],
+        lambda x: eager(x, None, cast=cast),
+        (x,),
     )
 
 
-def test_weight_of_another_dtype_decides_the_output() -> None:
-    x, w = torch.randn(4, 6).bfloat16(), torch.randn(6)
-    y = OP(x, w, EPS, 0.0, "input", torch.float32)[0]
-    assert torch.equal(y, eager(x, w))
+@pytest.mark.parametrize("shape", [(50, 3), (33, 64), (7, 256), (2, 2304), (3, 4096), (1, 9000)])
+def test_shapes(kernels: Backend, shape: tuple[int, int]) -> None:
+    x, w = torch.randn(shape), torch.randn(shape[1])
+    compare(
+        kernels,
+        lambda x, w: kernels.ops.rms_norm(x, w, EPS, 0.0, "input", torch.float32)[0],
+        lambda x, w: eager(x, w, 0.0, "input"),
+        (x, w),
+    )
 
 
-def test_output_and_gradient_keep_the_order_in_memory() -> None:
-    heads = torch.randn(2, 5, 3 * 8)[..., :16].unflatten(-1, (2, 8)).transpose(1, 2)
-    x = heads.detach().requires_grad_()
-    y = OP(x, None, EPS, 0.0, "output", torch.float32)[0]
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1024, 2304, 5120, 6144, 8192, 11008, 16384, 20000])
+def test_real_widths(width: int, dtype: torch.dtype) -> None:
+    cuda = Backend("cuda", torch.ops.fusewright, "cuda")
+    x, w = torch.randn(2050, width).to(dtype), (1 + 0.3 * torch.randn(width)).to(dtype)
+    compare(
+        cuda,
+        lambda x, w: OP(x, w, EPS, 0.0, "input", dtype)[0],
+        lambda x, w: eager(x, w, 0.0, "input"),
+        (x, w),
+    )
+
+
+def test_weight_of_another_dtype_decides_the_output(backend: Backend) -> None:
+    x, w = (on(backend, t) for t in (torch.randn(4, 6).half(), torch.randn(6)))
+    y = backend.ops.rms_norm(x, w, EPS, 0.0, "input", torch.float32)[0]
+    torch.testing.assert_close(y, eager(x, w), rtol=1e-6, atol=0)
+    dx, dw = torch.autograd.grad(y.sum(), (x, w))
+    assert (dx.dtype, dw.dtype) == (torch.float16, torch.float32)
+
+
+def test_strided_heads_keep_their_order_in_memory(backend: Backend) -> None:
+    packed = torch.randn(2, 5, 3 * 8 + 2)[..., :16].unflatten(-1, (2, 8))
+    for heads in (packed, packed.transpose(1, 2), packed.permute(2, 1, 0, 3)):
+        x, w = on(backend, heads), on(backend, torch.randn(8))
+        y = backend.ops.rms_norm(x, w, EPS, 0.0, "output", torch.float32)[0]
+        torch.testing.assert_close(y, eager(x, w))
+        order = sorted(range(3), key=x.stride, reverse=True)
+        assert y.permute(*order, 3).is_contiguous()
+        dy = torch.randn(8, *y.shape[:-1]).movedim(0, -1).to(y.device)
+        for upstream in (dy, dy.contiguous(), y.new_ones(()).expand(y.shape)):
+            grads = torch.autograd.grad(y, (x, w), upstream, retain_graph=True)
+            torch.testing.assert_close(grads, torch.autograd.grad(eager(x, w), (x, w), upstream))
+            assert grads[0].stride() == y.stride()
+
+
+def test_rows_that_two_strides_do_not_describe(kernels: Backend) -> None:
+    x = on(kernels, torch.randn(4, 6, 8, 5)[::2, ::2, ::2])
+    y = kernels.ops.rms_norm(x, None, EPS, 0.0, "output", torch.float32)[0]
     torch.testing.assert_close(y, eager(x, None))
-    assert y.transpose(1, 2).is_contiguous()
-    (dx,) = torch.autograd.grad(y, x, torch.randn(2, 2, 5, 8))
-    assert dx.stride() == y.stride()
+    single = on(kernels, torch.randn(4, 1))
+    y = kernels.ops.rms_norm(single, None, EPS, 0.0, "output", torch.float32)[0]
+    torch.testing.assert_close(y, eager(single, None))
+    columns = on(kernels, torch.randn(8, 6).t())  # the last dimension is not contiguous
+    y = kernels.ops.rms_norm(columns, None, EPS, 0.0, "output", torch.float32)[0]
+    torch.testing.assert_close(y, eager(columns, None))
 
 
-def test_expanded_gradient_second_backward_and_frozen_side() -> None:
-    x, w = torch.randn(3, 4, requires_grad=True), torch.randn(4)
-    y = OP(x, w, EPS, 0.0, "output", torch.float32)[0]
-    (first,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
-    (second,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(first, second)
-    torch.testing.assert_close(first, torch.autograd.grad(eager(x, w).sum(), x)[0])
+def test_a_wider_buffer_receives_the_output(kernels: Backend) -> None:
+    x, w = torch.randn(2, 3, 8, device=kernels.device), torch.randn(8, device=kernels.device)
+    buffer = torch.full((2, 3, 12), 7.0, device=kernels.device)
+    y, _ = rms_norm.triton_fwd(x, w, EPS, 0.0, "input", torch.float32, out=buffer[..., :8])
+    torch.testing.assert_close(buffer[..., :8], eager(x, w))
+    assert y.data_ptr() == buffer.data_ptr() and (buffer[..., 8:] == 7).all()
 
 
-def test_zero_and_huge_rows() -> None:
+def test_a_moved_statistic_is_put_in_order(kernels: Backend) -> None:
+    x = on(kernels, torch.randn(5, 4, 3, 8).permute(1, 2, 0, 3))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
+        y = kernels.ops.rms_norm(x, None, EPS, 0.0, "output", torch.float32)[0]
+    dy = torch.randn(y.shape).to(y.device)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    torch.testing.assert_close(dx, torch.autograd.grad(eager(x, None), x, dy)[0])
+
+
+def test_weight_gradient_is_reproducible_and_honours_frozen_sides(backend: Backend) -> None:
+    x, w = on(backend, torch.randn(70, 33)), on(backend, torch.randn(33))
+    dy = torch.randn(70, 33).to(x.device)
+    y = backend.ops.rms_norm(x, w, EPS, 0.0, "output", torch.float32)[0]
+    both = torch.autograd.grad(y, (x, w), dy, retain_graph=True)
+    again = torch.autograd.grad(y, (x, w), dy)
+    assert all(torch.equal(a, b) for a, b in zip(both, again, strict=True))
+    for leaves in ((x, w.detach()), (x.detach(), w)):
+        y = backend.ops.rms_norm(*leaves, EPS, 0.0, "output", torch.float32)[0]
+        leaf = next(t for t in leaves if t.requires_grad)
+        torch.testing.assert_close(
+            torch.autograd.grad(y, leaf, dy)[0], both[0] if leaf is x else both[1]
+        )
+
+
+def test_sums_that_do_not_fit_in_registers(
+    kernels: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norm_launch, "sums_fit", lambda *_: False)
+    x, w = torch.randn(70, 300), torch.randn(300)
+    compare(
+        kernels,
+        lambda x, w: kernels.ops.rms_norm(x, w, EPS, 0.0, "input", torch.float32)[0],
+        lambda x, w: eager(x, w, 0.0, "input"),
+        (x, w),
+    )
+
+
+@pytest.mark.parametrize("stages", [0, 1, 3])
+@pytest.mark.parametrize("hoist", [False, True])
+def test_every_tile_gives_the_same(
+    kernels: Backend, monkeypatch: pytest.MonkeyPatch, stages: int, hoist: bool
+) -> None:
+    x, w = (on(kernels, t) for t in (torch.randn(21, 40), torch.randn(40)))
+    dy = torch.randn(21, 40).to(x.device)
+    results = []
+    for tile in (None, norm_launch.Tile(4, 4, 2 if stages else 0, max(stages, 1), hoist)):
+        if tile is not None:
+            monkeypatch.setattr(norm_launch, "forward_tile", lambda *_, tile=tile: tile)
+            monkeypatch.setattr(norm_launch, "backward_tile", lambda *_, tile=tile: tile)
+        y = kernels.ops.rms_norm(x, w, EPS, 1.0, "input", torch.float32)[0]
+        results.append((y, *torch.autograd.grad(y, (x, w), dy)))
+    torch.testing.assert_close(*results)
+
+
+def test_zero_and_huge_rows(backend: Backend) -> None:
     x = torch.zeros(3, 8, dtype=torch.float16)
     x[1] = 6e4
     x[2, 0] = 6e4
-    leaf = x.requires_grad_()
-    y = OP(leaf, None, EPS, 0.0, "output", torch.float16)[0]
-    torch.testing.assert_close(y, eager(x, None))
+    leaf = on(backend, x)
+    y = backend.ops.rms_norm(leaf, None, EPS, 0.0, "output", torch.float16)[0]
+    torch.testing.assert_close(y, eager(leaf, None))
     (dx,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
     assert dx.isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
-def test_no_rows(shape: tuple[int, ...]) -> None:
-    x, w = torch.randn(shape, requires_grad=True), torch.randn(8, requires_grad=True)
-    y = OP(x, w, EPS, 0.0, "input", torch.float32)[0]
+def test_no_rows(backend: Backend, shape: tuple[int, ...]) -> None:
+    x, w = on(backend, torch.randn(shape)), on(backend, torch.randn(8))
+    y = backend.ops.rms_norm(x, w, EPS, 0.0, "input", torch.float32)[0]
     dx, dw = torch.autograd.grad(y.sum(), (x, w))
     assert y.shape == dx.shape == shape
     assert not dw.any()
 
 
-def test_bad_input_is_named() -> None:
-    x = torch.randn(2, 4)
+def test_bad_input_is_named(backend: Backend) -> None:
+    op, x = backend.ops.rms_norm, torch.randn(2, 4, device=backend.device)
     with pytest.raises(ValueError, match=r"weight: expected shape \(4,\), got \(3,\)"):
-        OP(x, torch.randn(3), EPS, 0.0, "input", torch.float32)
+        op(x, x[0, :3], EPS, 0.0, "input", torch.float32)
     with pytest.raises(TypeError, match=r"x: expected a floating point dtype, got torch.int64"):
-        OP(x.long(), None, EPS, 0.0, "input", torch.float32)
+        op(x.long(), None, EPS, 0.0, "input", torch.float32)
     with pytest.raises(ValueError, match=r"cast: expected one of .*, got 'none'"):
-        OP(x, None, EPS, 0.0, "none", torch.float32)
+        op(x, None, EPS, 0.0, "none", torch.float32)
     with pytest.raises(ValueError, match=r"x: expected at least one dimension"):
-        OP(torch.tensor(1.0), None, EPS, 0.0, "input", torch.float32)
+        op(x[0, 0], None, EPS, 0.0, "input", torch.float32)
 
 
-def test_fake_agrees() -> None:
+def test_fake_agrees(backend: Backend) -> None:
     for x in (torch.randn(2, 3, 4, 8), torch.randn(2, 4, 3, 8).transpose(1, 2)):
-        x = x.requires_grad_()
-        torch.library.opcheck(
-            OP.default, (x, torch.randn(8, requires_grad=True), EPS, 0.0, "input", torch.float32)
-        )
+        args = (on(backend, x), on(backend, torch.randn(8)), EPS, 0.0, "input", torch.float32)
+        torch.library.opcheck(backend.ops.rms_norm.default, args)
+
+
+@pytest.mark.gpu
+def test_offsets_past_2_to_the_31() -> None:
+    x = torch.randn(2**19 + 8, 4096, device="cuda", dtype=torch.bfloat16)
+    y = OP(x, None, EPS, 0.0, "output", x.dtype)[0]
+    assert torch.equal(y[-8:], OP(x[-8:], None, EPS, 0.0, "output", x.dtype)[0])
+
+
+def launches() -> Iterator[tuple[str, Callable[[], object]]]:
+    for dtype in (torch.bfloat16, torch.float32):
+        for width in (1024, 16384) if dtype is torch.float32 else (128, 5120, 16384):
+            x, w, r = torch.empty(8, width, dtype=dtype), torch.empty(width), torch.empty(8)
+            args = (EPS, 0.0, "input", dtype)
+            tail = (r, 0.0, "input", True)
+            yield f"{dtype} {width}", lambda x=x, w=w, a=args: rms_norm.triton_fwd(x, w, *a)
+            for need in (False, True):
+                yield (
+                    f"{dtype} {width} backward {need}",
+                    lambda x=x, w=w, t=tail, n=need: rms_norm.triton_bwd(x, x, w, *t, n),
+                )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_without_spills(target: str) -> None:
+    assert_no_spills(__name__, target)
