@@ -61,14 +61,17 @@ def dtype(node: fx.Node) -> torch.dtype:
 
 
 def shape(node: fx.Node) -> tuple[Any, ...]:
-    """The tensor node's sizes; symbolic ones are SymInt, ones that tracing has fixed are int."""
+    """The tensor node's sizes: int, or for a symbolic one its sympy expression.
+
+    Expressions compare by structure. Comparing SymInts instead would add guards to the graph.
+    """
     return tuple(_settled(s) for s in value(node).shape)
 
 
 def _settled(size: Any) -> Any:
     if isinstance(size, torch.SymInt):
         expression = size.node.expr
-        return int(expression) if expression.is_number else size
+        return int(expression) if expression.is_number else expression
     return size
 
 

@@ -92,7 +92,7 @@ def _read_size(size: Any, leaves: list[fx.Node]) -> int | tuple[int, int] | None
     for i, leaf in enumerate(leaves):
         if ir.is_tensor(leaf):
             for dim, other in enumerate(ir.shape(leaf)):
-                if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
+                if other == size:
                     return (i, dim)
     return None
 

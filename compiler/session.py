@@ -21,6 +21,20 @@ RECOMPILE_LIMIT = 64
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+class _Functions(list[Any]):
+    """Functions to look up, in a list that is empty to whoever serialises it.
+
+    Dynamo asks for membership only, and logs its settings as JSON, which functions are not.
+    """
+
+    def __init__(self, functions: set[Any]) -> None:
+        super().__init__()
+        self._functions = functions
+
+    def __contains__(self, function: object) -> bool:
+        return function in self._functions
+
+
 def dynamo_settings(kind: str) -> Callable[[], Callable[[], None]]:
     """A function that applies our Dynamo settings and returns the one that takes them back.
 
@@ -43,7 +57,7 @@ def dynamo_settings(kind: str) -> Callable[[], Callable[[], None]]:
         "specialize_float": True,
         "recompile_limit": RECOMPILE_LIMIT,
         "accumulated_recompile_limit": 64 * RECOMPILE_LIMIT,
-        ignored: set(getattr(config, ignored)) | loggers,
+        ignored: _Functions(loggers | set(getattr(config, ignored))),
     }
     if kind != "head":
         changes["specialize_int"] = True
