@@ -249,7 +249,8 @@ def compiled_cases() -> list[Case]:
         cases.append(Case(module + "cross_entropy_forward", types, row, 8))
         types = shared | {"losses_ptr": wide, "unit": "fp32"}
         name = module + "loss_and_gradient_in_place"
-        cases.append(Case(name, types, row | {"GRADIENT": True}, 16))
+        large = {"GRADIENT": True, "BLOCK": 4096 if on else 8192}
+        cases.append(Case(name, types, row | large, 8 if on else 16))
         types = shared | {"lse_ptr": wide, "factor_ptr": wide, "dlogits_ptr": pointer}
         types |= {"dloss_ptr": "*fp32:16", "dloss_step": "i32", "column_blocks": "i32"}
         block = 2048 if kind == "fp32" else 4096
