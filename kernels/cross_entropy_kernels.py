@@ -425,12 +425,14 @@ def launch_in_place(
 ) -> None:
     """Write the rows' losses (float64) and overwrite the logits with ``unit`` d(logits)."""
     rows, vocab = logits.shape
-    block, wide, warps = _row_block(vocab, logits.element_size(), 8192)
+    # tanh needs registers: with a softcap a thread takes half as many numbers at a time
+    largest = 4096 if form.softcap > 0 else 8192
+    block, wide, warps = _row_block(vocab, logits.element_size(), largest)
     with on_device_of(logits):
         loss_and_gradient_in_place[(rows,)](
             logits, labels, losses, logits.stride(0), labels.stride(0), vocab, form.ignore_index,
             *_numbers(form), unit,
-            GRADIENT=gradient, BLOCK=block, WIDE=wide, num_warps=min(2 * warps, block // 256),
+            GRADIENT=gradient, BLOCK=block, WIDE=wide, num_warps=min(16, max(warps, block // 512)),
             **_constants(form, logits.dtype),
         )  # fmt: skip
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import mpmath
 import pytest
 import sympy as sp
@@ -249,7 +252,8 @@ def compiled_cases() -> list[Case]:
         cases.append(Case(module + "cross_entropy_forward", types, row, 8))
         types = shared | {"losses_ptr": wide, "unit": "fp32"}
         name = module + "loss_and_gradient_in_place"
-        cases.append(Case(name, types, row | {"GRADIENT": True}, 16))
+        large = {"GRADIENT": True, "BLOCK": 4096 if on else 8192}
+        cases.append(Case(name, types, row | large, 8 if on else 16))
         types = shared | {"lse_ptr": wide, "factor_ptr": wide, "dlogits_ptr": pointer}
         types |= {"dloss_ptr": "*fp32:16", "dloss_step": "i32", "column_blocks": "i32"}
         block = 2048 if kind == "fp32" else 4096
@@ -268,3 +272,57 @@ def compiled_cases() -> list[Case]:
 
 def test_kernels_compile_without_spills() -> None:
     assert_compiles(compiled_cases())
+
+
+OUT_OF_RANGE = """
+import sys, torch
+from fusewright.runtime.op import register_all
+register_all()
+logits, labels = torch.randn(3, 5, device="cuda"), torch.tensor([0, 5, 2], device="cuda")
+if sys.argv[1] == "plain":
+    torch.ops.fusewright.cross_entropy(logits, labels, -100, "mean", 0.0, 0.0, 1.0, 0.0)
+else:
+    torch.ops.fusewright.linear_cross_entropy(
+        logits, logits.new_ones(5, 5), None, labels, None, -100, "mean", 0.0, 0.0, 1.0, 0.0
+    )
+print("issued", flush=True)
+torch.cuda.synchronize()
+print("went through")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ["plain", "linear"])
+def test_a_label_out_of_range_stops_the_device(op: str) -> None:
+    """Without a synchronisation of ours: the call returns, the next synchronisation fails."""
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_RANGE, op], capture_output=True, text=True, check=False
+    )
+    assert "issued" in done.stdout and "went through" not in done.stdout
+    assert "0 <= label < 5" in done.stderr or "device-side assert" in done.stderr
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_two_to_the_31() -> None:
+    rows, vocab = 17_000, 131_072
+    logits = torch.empty(rows, vocab, dtype=torch.bfloat16, device="cuda").normal_()
+    labels = torch.randint(vocab, (rows,), device="cuda")
+    labels[:-8] = IGNORE
+    form = (IGNORE, "mean", *PLAIN)
+    loss, *saved = OP(logits, labels, *form)
+    last = logits[-8:].float().requires_grad_()
+    expected = F.cross_entropy(last, labels[-8:])
+    torch.testing.assert_close(loss, expected)
+    one = torch.ones((), device="cuda")
+    d = torch.ops.fusewright.cross_entropy_backward(one, logits, labels, *saved, *form, True)
+    (theirs,) = torch.autograd.grad(expected, last)
+    torch.testing.assert_close(d[-8:], theirs.bfloat16())
+    assert not bool(d[:-8].any())
+
+
+@pytest.mark.gpu
+def test_bitwise_reproducible() -> None:
+    logits = torch.randn(3000, 32_000, device="cuda", dtype=torch.bfloat16)
+    labels = torch.randint(32_000, (3000,), device="cuda")
+    losses = {OP(logits, labels, IGNORE, "mean", *PLAIN)[0].item() for _ in range(5)}
+    assert len(losses) == 1

@@ -264,3 +264,17 @@ def compiled_cases() -> list[Case]:
 
 def test_kernels_compile_without_spills() -> None:
     assert_compiles(compiled_cases())
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_two_to_the_31() -> None:
+    rows, width = 75_000, 14_336
+    both = torch.empty(rows, 2 * width, dtype=torch.bfloat16, device="cuda").normal_()
+    gate, up = both[-4:].float().chunk(2, -1)
+    y = OPS.glu_packed(both, "silu", True, False, torch.bfloat16)
+    torch.testing.assert_close(y[-4:], (F.silu(gate) * up).bfloat16())
+    d = OPS.glu_packed_backward(y, both, "silu", True, False, True)
+    expected = OPS.glu_packed_backward(y[-4:], both[-4:], "silu", True, False, True)
+    assert torch.equal(d[-4:], expected)
+    flat = OPS.activation(both, "relu2", torch.bfloat16)
+    torch.testing.assert_close(flat[-4:], F.relu(both[-4:]).square())
