@@ -59,7 +59,7 @@ $(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt
 	@$(PIP) --editable '.[hf,bench]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.run
-	@echo "Installing the development tools ..."
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "Installing, development tools included ..."
 	@$(PIP) --editable '.[hf,qlora,bench,dev]'
-	@touch $@
+	@touch $(VENV)/.run $@
