@@ -28,8 +28,9 @@ from roofline import (
 )
 
 from fusewright.kernels.cross_entropy import LossForm
-from fusewright.kernels.cross_entropy_kernels import launch_in_place
-from fusewright.kernels.linear_cross_entropy import chunk_rows, matmul_wide
+from fusewright.kernels.cross_entropy_launch import launch_in_place
+from fusewright.kernels.head_gradients import matmul_wide
+from fusewright.kernels.linear_cross_entropy import chunk_rows
 from fusewright.runtime.op import register_all
 
 register_all()

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusewright.kernels.cross_entropy_kernels import (
+from fusewright.kernels.cross_entropy_launch import (
     launch_backward,
     launch_forward,
     launch_reduce,

@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -47,11 +47,12 @@ from fusewright.kernels.cross_entropy import (
     row_grad,
     row_loss,
 )
-from fusewright.kernels.cross_entropy_kernels import (
+from fusewright.kernels.cross_entropy_launch import (
     launch_in_place,
     launch_reduce,
     launch_scale,
 )
+from fusewright.kernels.head_gradients import new_gradients
 from fusewright.kernels.launch import launchable
 from fusewright.kernels.reduce import absent, compute_dtype
 from fusewright.kernels.spec import OpSpec
@@ -127,53 +128,6 @@ def normaliser(
     return (labels != ignore_index).sum().double() if reduction == "mean" else None
 
 
-def matmul_wide(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, add: bool) -> None:
-    """out = a b, or out += a b, in the dtype of ``out``: a 16-bit product is not rounded to 16 bits."""
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    elif not a.is_cuda:
-        matmul_wide(out, a.to(out.dtype), b.to(out.dtype), add)
-    elif add:
-        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
-    else:
-        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
-
-
-class _Gradients(NamedTuple):
-    """What is accumulated over the chunks, in float32 (float64); None where it is not wanted."""
-
-    x: torch.Tensor | None
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-
-    def add(self, d: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rows: slice) -> None:
-        """Take in D of the rows of one chunk; the first chunk is written, the others are added."""
-        if self.x is not None:
-            matmul_wide(self.x[rows], d, weight, add=False)
-        if self.weight is not None:
-            matmul_wide(self.weight, d.t(), x[rows], add=rows.start > 0)
-        if self.bias is not None:
-            self.bias.add_(d.sum(0, dtype=self.bias.dtype))
-
-    def results(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The three tensors, absent ones as placeholders."""
-        x, weight, bias = (absent(like) if t is None else t for t in self)
-        return x, weight, bias
-
-
-def _gradients(
-    x: torch.Tensor, weight: torch.Tensor, need_x: bool, need_weight: bool, need_bias: bool
-) -> _Gradients:
-    wide, device = compute_dtype(x), x.device
-    some = x.shape[0] > 0  # without rows there is no first chunk to write the weight's gradient
-    new = torch.empty if some else torch.zeros
-    return _Gradients(
-        torch.empty(x.shape, dtype=wide, device=device) if need_x else None,
-        new(weight.shape, dtype=wide, device=device) if need_weight else None,
-        torch.zeros(weight.shape[0], dtype=wide, device=device) if need_bias else None,
-    )
-
-
 def reference_fwd(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -214,7 +168,7 @@ def _reference_chunks(
     need_bias: bool,
 ) -> _Results:
     wide = compute_dtype(x)
-    grads = _gradients(x, weight, need_x, need_weight, need_bias)
+    grads = new_gradients(x, weight, need_x, need_weight, need_bias)
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     up = gradient_unit(x.dtype, form)
     unit = torch.full((), up, dtype=wide, device=x.device)
@@ -274,7 +228,7 @@ def triton_fwd(
     step = min(rows, chunk_rows(rows, vocab, x.element_size()))
     scratch = torch.empty((step, vocab), dtype=x.dtype, device=x.device)
     losses = torch.empty(rows, dtype=torch.float64, device=x.device)
-    grads = _gradients(x, weight, need_x, need_weight, need_bias and bias is not None)
+    grads = new_gradients(x, weight, need_x, need_weight, need_bias and bias is not None)
     wanted = any(t is not None for t in grads)
     unit = gradient_unit(x.dtype, form)
     for start in range(0, rows, step):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import mpmath
 import pytest
@@ -295,8 +297,13 @@ print("went through")
 @pytest.mark.parametrize("op", ["plain", "linear"])
 def test_a_label_out_of_range_stops_the_device(op: str) -> None:
     """Without a synchronisation of ours: the call returns, the next synchronisation fails."""
+    source = str(Path(__file__).resolve().parent.parent / "src")
     done = subprocess.run(
-        [sys.executable, "-c", OUT_OF_RANGE, op], capture_output=True, text=True, check=False
+        [sys.executable, "-c", OUT_OF_RANGE, op],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": source},
     )
     assert "issued" in done.stdout and "went through" not in done.stdout
     assert "0 <= label < 5" in done.stderr or "device-side assert" in done.stderr

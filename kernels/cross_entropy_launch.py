@@ -1,0 +1,142 @@
+"""Launches of the cross-entropy's kernels.
+
+Blocks and warps depend on the width of a row and its dtype alone. ``form`` is the ``LossForm`` of
+``cross_entropy``: ignore_index, label_smoothing, softcap, scale, z_loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fusewright.kernels.cross_entropy_kernels import (
+    cross_entropy_backward,
+    cross_entropy_forward,
+    cross_entropy_reduce,
+    loss_and_gradient_in_place,
+    scale_to,
+)
+from fusewright.kernels.launch import on_device_of
+
+
+def _constants(form: Any, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "SCALED": form.scale != 1.0,
+        "CAPPED": form.softcap > 0,
+        "SMOOTH": form.label_smoothing > 0,
+        "Z_LOSS": form.z_loss > 0,
+        "PRECISE": dtype is torch.float32,
+        "enable_fp_fusion": True,
+    }
+
+
+def _numbers(form: Any) -> tuple[float, float, float, float, float]:
+    inverse = 1.0 / form.softcap if form.softcap > 0 else 0.0
+    return form.label_smoothing, form.z_loss, form.scale, form.softcap, inverse
+
+
+def _row_block(vocab: int, itemsize: int, largest: int) -> tuple[int, int, int]:
+    """(BLOCK, WIDE, warps) of a program that walks along a row: 16 bytes a lane and step."""
+    wide = 16 // itemsize
+    block = min(max(1 << (vocab - 1).bit_length(), 32 * wide), largest)
+    return block, wide, max(1, min(largest // 1024, block // (32 * wide)))
+
+
+def launch_forward(
+    logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, lse: torch.Tensor, form: Any
+) -> None:
+    """Write every row's loss (any float dtype) and log-sum-exp (float64)."""
+    rows, vocab = logits.shape
+    block, wide, warps = _row_block(vocab, logits.element_size(), 8192)
+    with on_device_of(logits):
+        cross_entropy_forward[(rows,)](
+            logits, labels, losses, lse, logits.stride(0), labels.stride(0), vocab,
+            form.ignore_index, *_numbers(form),
+            BLOCK=block, WIDE=wide, num_warps=warps, **_constants(form, logits.dtype),
+        )  # fmt: skip
+
+
+def launch_reduce(
+    losses: torch.Tensor | None,
+    labels: torch.Tensor,
+    denominator: torch.Tensor | None,
+    vocab: int,
+    ignore_index: int,
+    mean: bool,
+    unit: float,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The loss (None without ``losses``) and the factor of the gradients; asserts the labels' range.
+
+    The assertion is on the device: nothing is brought to the host.
+    """
+    device = labels.device
+    loss = None if losses is None else torch.empty((), dtype=torch.float32, device=device)
+    factor = torch.empty((), dtype=torch.float64, device=device)
+    good = torch.empty((), dtype=torch.int32, device=device)
+    rows = labels.shape[0]
+    block = min(2048, max(32, 1 << (rows - 1).bit_length()))
+    with on_device_of(labels):
+        cross_entropy_reduce[(1,)](
+            losses, labels, denominator, loss, factor, good,
+            rows, labels.stride(0), vocab, ignore_index, unit,
+            REDUCE=losses is not None, MEAN=mean, DIVIDED=denominator is not None, BLOCK=block,
+            num_warps=max(1, block // 256), enable_fp_fusion=True,
+        )  # fmt: skip
+    torch._assert_async(good, f"labels: expected {ignore_index} or 0 <= label < {vocab}")
+    return loss, factor
+
+
+def launch_backward(
+    dloss: torch.Tensor,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    lse: torch.Tensor,
+    factor: torch.Tensor,
+    dlogits: torch.Tensor,
+    form: Any,
+) -> None:
+    """Write d(logits) into a dense tensor."""
+    rows, vocab = logits.shape
+    block = min(4096 if logits.element_size() == 2 else 2048, 1 << (vocab - 1).bit_length())
+    column_blocks = -(-vocab // block)
+    with on_device_of(logits):
+        cross_entropy_backward[(rows * column_blocks,)](
+            dloss, logits, labels, lse, factor, dlogits,
+            dloss.stride(0) if dloss.dim() else 0, logits.stride(0), labels.stride(0), vocab,
+            column_blocks, form.ignore_index, *_numbers(form),
+            BLOCK=block, num_warps=max(1, min(8, block // 512)), **_constants(form, logits.dtype),
+        )  # fmt: skip
+
+
+def launch_in_place(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    losses: torch.Tensor,
+    form: Any,
+    unit: float,
+    gradient: bool,
+) -> None:
+    """Write the rows' losses (float64) and overwrite the logits with ``unit`` d(logits)."""
+    rows, vocab = logits.shape
+    # tanh needs registers: with a softcap a thread takes half as many numbers at a time
+    largest = 4096 if form.softcap > 0 else 8192
+    block, wide, warps = _row_block(vocab, logits.element_size(), largest)
+    with on_device_of(logits):
+        loss_and_gradient_in_place[(rows,)](
+            logits, labels, losses, logits.stride(0), labels.stride(0), vocab, form.ignore_index,
+            *_numbers(form), unit,
+            GRADIENT=gradient, BLOCK=block, WIDE=wide, num_warps=min(16, max(warps, block // 512)),
+            **_constants(form, logits.dtype),
+        )  # fmt: skip
+
+
+def launch_scale(
+    saved: torch.Tensor, dloss: torch.Tensor, factor: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Write saved times the upstream scalar times ``factor``; both dense."""
+    block = 2048
+    with on_device_of(saved):
+        scale_to[(-(-saved.numel() // block),)](
+            saved, dloss, factor, out, saved.numel(), BLOCK=block, num_warps=4
+        )
