@@ -43,7 +43,9 @@ def _exactness(build: Callable[[int], Any], lowering: str) -> tuple[training.Exa
             fresh = build(seed).state_dict()
             eager.load_state_dict(fresh)
             ours.load_state_dict(fresh)
-            batch = _batch(seed)
+            # A device takes a batch large enough for the rounding's noise to average out: at 2 x 16
+            # tokens the ratio scatters by 3 % about its mean.
+            batch = _batch(seed, rows=8, length=64)
             pair = [training.train_step(m, batch, seed=seed) for m in (ours, eager)]
             yield (*pair, training.oracle_step(eager, batch, seed=seed))
 
@@ -109,7 +111,7 @@ def test_a_real_shape_follows_eager() -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         if optimized:
             fusewright.report(model).require(rms_norm=33, rope=32, glu=16, linear_cross_entropy=1)
         return losses
