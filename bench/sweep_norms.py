@@ -57,6 +57,8 @@ def tiles(case: NormCase) -> Iterator[Tile]:
             for stage in stages if numbers >= 4096 else stages[:-1]:
                 if (stage - 1) * numbers * 2 * 4 * per_sm < 200 * 1024 and per_sm <= 16:
                     yield Tile(rows, warps, per_sm, stage, False)
+            if case.direction == "dx+dw" and rows == 1:
+                yield Tile(rows, warps, per_sm, 1, False, True)
 
 
 def _use(tile: Tile | None) -> None:

@@ -127,8 +127,18 @@ def norm_forward(
 
 
 @triton.jit
+def _normalised(t, mean, rstd, inside, CENTERED: tl.constexpr, EVEN: tl.constexpr):
+    """x^ of a tile, 0 beyond the row."""
+    x = t.to(tl.float32)
+    if CENTERED:
+        x = x - mean
+        x = x if EVEN else tl.where(inside, x, 0.0)
+    return x * rstd
+
+
+@triton.jit
 def _backward_tile(
-    first, weight, dweight, dbias, columns, inside, HOIST: tl.constexpr,
+    first, weight, dweight, dbias, columns, inside, HOIST: tl.constexpr, RELOAD: tl.constexpr,
     dy_ptr, dsum_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr,
     rows, width, inner, dy_outer, dy_inner, dsum_outer, dsum_inner, x_outer, x_inner,
     OFFSET: tl.constexpr, CENTERED: tl.constexpr, ROUND_INPUT: tl.constexpr,
@@ -137,27 +147,37 @@ def _backward_tile(
     row = first + tl.arange(0, ROWS)
     there = (row < rows)[:, None]
     mask = _mask(row, rows, inside, EVEN)
-    t = tl.load(x_ptr + (_offset(row, inner, x_outer, x_inner) + columns), mask=mask, other=0.0)
-    at = _offset(row, inner, dy_outer, dy_inner) + columns
-    g = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    x_at = x_ptr + (_offset(row, inner, x_outer, x_inner) + columns)
+    dy_at = dy_ptr + (_offset(row, inner, dy_outer, dy_inner) + columns)
     rstd = tl.load(rstd_ptr + row[:, None], mask=there, other=0.0)
-    xhat = t.to(tl.float32)
+    mean = rstd
     if CENTERED:
-        xhat -= tl.load(mean_ptr + row[:, None], mask=there, other=0.0)
-        xhat = xhat if EVEN else tl.where(inside, xhat, 0.0)
-    xhat = xhat * rstd
+        mean = tl.load(mean_ptr + row[:, None], mask=there, other=0.0)
+    t = tl.load(x_at, mask=mask, other=0.0, eviction_policy="evict_last" if RELOAD else "")
+    g = tl.load(dy_at, mask=mask, other=0.0, eviction_policy="evict_last" if RELOAD else "")
+    xhat = _normalised(t, mean, rstd, inside, CENTERED, EVEN)
+    g = g.to(tl.float32)
     if dweight_ptr is not None:
-        kept = xhat.to(t.dtype).to(tl.float32) if ROUND_INPUT else xhat
-        dweight += g * kept
+        dweight += g * (xhat.to(t.dtype).to(tl.float32) if ROUND_INPUT else xhat)
     if dbias_ptr is not None:
         dbias += g
     if dx_ptr is not None:
         if weight_ptr is not None:
             w = weight if HOIST else _vector(weight_ptr, columns, inside)
             g = g * (w.to(tl.float32) + OFFSET)
-        d = g - xhat * _mean(g * xhat, width)
+        along = _mean(g * xhat, width)
         if CENTERED:
-            d -= _mean(g, width)
+            shift = _mean(g, width)
+        if RELOAD:
+            # The row is in the first cache now; to hold it would cost the registers of another row.
+            t = tl.load(x_at, mask=mask, other=0.0, eviction_policy="evict_first")
+            xhat = _normalised(t, mean, rstd, inside, CENTERED, EVEN)
+            g = tl.load(dy_at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            if weight_ptr is not None:
+                g = g * (_vector(weight_ptr, columns, inside).to(tl.float32) + OFFSET)
+        d = g - xhat * along
+        if CENTERED:
+            d -= shift
         d = d * rstd
         if dsum_ptr is not None:
             at = _offset(row, inner, dsum_outer, dsum_inner) + columns
@@ -173,7 +193,7 @@ def norm_backward(
     rows, width, inner, dy_outer, dy_inner, dsum_outer, dsum_inner, x_outer, x_inner,
     OFFSET: tl.constexpr, CENTERED: tl.constexpr, ROUND_INPUT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
-    LOOP: tl.constexpr, STAGES: tl.constexpr, HOIST: tl.constexpr,
+    LOOP: tl.constexpr, STAGES: tl.constexpr, HOIST: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
     """dx, and one row of partial sums of the gradients of weight and bias per program."""
     columns = tl.arange(0, BLOCK)[None, :]
@@ -185,7 +205,7 @@ def norm_backward(
     if LOOP:
         for first in tl.range(start, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
             dweight, dbias = _backward_tile(
-                first, weight, dweight, dbias, columns, inside, HOIST,
+                first, weight, dweight, dbias, columns, inside, HOIST, RELOAD,
                 dy_ptr, dsum_ptr, x_ptr, weight_ptr,
                 mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr, rows, width, inner,
                 dy_outer, dy_inner, dsum_outer, dsum_inner, x_outer, x_inner,
@@ -193,7 +213,7 @@ def norm_backward(
             )  # fmt: skip
     else:
         dweight, dbias = _backward_tile(
-            start, weight, dweight, dbias, columns, inside, HOIST,
+            start, weight, dweight, dbias, columns, inside, HOIST, RELOAD,
             dy_ptr, dsum_ptr, x_ptr, weight_ptr,
             mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr, rows, width, inner,
             dy_outer, dy_inner, dsum_outer, dsum_inner, x_outer, x_inner,

@@ -13,6 +13,7 @@ import torch
 from fusewright.kernels import device
 from fusewright.kernels.device import Limits
 from fusewright.kernels.launch import HAS_TRITON, on_device_of
+from fusewright.kernels.launcher import Launcher
 from fusewright.kernels.norm_kernels import (
     column_sums,
     norm_backward,
@@ -23,15 +24,19 @@ from fusewright.kernels.reduce import absent
 from fusewright.kernels.rows import empty_ordered, empty_rows, leading_order
 
 MAX_WIDTH = 16384
+_forward, _backward = Launcher(norm_forward), Launcher(norm_backward)
+_weights, _columns = Launcher(weight_gradients), Launcher(column_sums)
 _DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 Maybe = torch.Tensor | None
 
 
 class Tile(NamedTuple):
-    """How a norm is cut: rows and warps of a tile; the loop; whether the weight stays in registers.
+    """How a norm is cut: rows and warps of a tile, its loop, and what stays in registers.
 
     With ``per_sm`` programs per multiprocessor each walks over the tiles and has the next ones in
     flight (``stages`` - 1 of them, in shared memory); with 0 there are as many programs as tiles.
+    ``hoist`` keeps the weight in registers from tile to tile; ``reload`` has the backward read a row
+    again, from the cache, rather than hold it in registers while it is summed up.
     """
 
     rows: int
@@ -39,6 +44,7 @@ class Tile(NamedTuple):
     per_sm: int = 0
     stages: int = 1
     hoist: bool = False
+    reload: bool = False
 
 
 def launchable(x: torch.Tensor, *others: torch.Tensor | torch.dtype | None) -> bool:
@@ -82,9 +88,11 @@ def backward_tile(width: int, itemsize: int, inputs: int, sums: int, limits: Lim
     block = _power_of_two(width)
     rows = max(1, min(16, 2048 // block))
     if not sums:
-        return Tile(rows, _warps(rows * block, 16, limits))
+        return Tile(rows, _warps(rows * block, 32 if block > 8192 else 16, limits))
     warps = _warps(rows * block, 32 if block > 4096 else 16, limits)
-    per_sm = max(1, min(4, 24 // (warps * limits.warp // 32)))
+    if block > 8192:
+        return Tile(rows, warps, 1, reload=True)
+    per_sm = max(1, min(4, 768 // (warps * limits.warp)))
     stages = _stages(2, rows * block * itemsize * (inputs + 1), limits)
     return Tile(rows, warps, per_sm, stages)
 
@@ -92,6 +100,12 @@ def backward_tile(width: int, itemsize: int, inputs: int, sums: int, limits: Lim
 def sums_fit(width: int, itemsize: int, sums: int) -> bool:
     """Whether a row of partial sums fits in registers beside the rows that are read."""
     return _power_of_two(width) * (itemsize * 3 + 4 * sums) <= 16384 * 10
+
+
+def _constants(tile: Tile, width: int) -> tuple[int | bool, ...]:
+    """The constants of a tile, in the kernels' order."""
+    block = _power_of_two(width)
+    return tile.rows, block, block == width, tile.per_sm > 0, tile.stages, tile.hoist
 
 
 def _programs(tiles: int, per_sm: int, limits: Limits) -> int:
@@ -196,16 +210,18 @@ def forward(
     rows = x.numel() // width
     limits = device.limits(x.device)
     tile = forward_tile(width, x.element_size(), len(inputs), limits)
-    block = _power_of_two(width)
+    tensors = (
+        walk.tensors[0], None if residual is None else walk.tensors[1],
+        _dense(weight), _dense(bias), target, total, mean, rstd,
+    )  # fmt: skip
     with on_device_of(x):
-        norm_forward[(_programs(-(-rows // tile.rows), tile.per_sm, limits),)](
-            walk.tensors[0], None if residual is None else walk.tensors[1],
-            _dense(weight), _dense(bias), target, total, mean, rstd,
-            rows, width, walk.inner, *strides, eps,
-            OFFSET=offset, CENTERED=centered, ROUND_INPUT=cast == "input", ROWS=tile.rows,
-            BLOCK=block, EVEN=block == width,
-            LOOP=tile.per_sm > 0, STAGES=tile.stages, HOIST=tile.hoist, num_warps=tile.warps,
-        )  # fmt: skip
+        _forward(
+            (_programs(-(-rows // tile.rows), tile.per_sm, limits), 1),
+            tensors,
+            (rows, width, walk.inner, *strides, eps),
+            (offset, centered, cast == "input", *_constants(tile, width)),
+            tile.warps,
+        )
     if target is not y:
         y.copy_(target)
     return Forward(y, total, mean, rstd)
@@ -280,18 +296,20 @@ def _row_gradients(job: _Job, dx: Maybe, sums: int, of_weight: bool) -> Maybe:
     rows = x.numel() // width
     limits = device.limits(x.device)
     tile = backward_tile(width, x.element_size(), len(job.walk.tensors), sums, limits)
-    block = _power_of_two(width)
     programs = _programs(-(-rows // tile.rows), tile.per_sm, limits)
     partial = _partial(x, sums, programs)
-    norm_backward[(programs,)](
+    tensors = (
         dy, dsum, x, job.weight, job.mean, job.rstd, dx,
         partial[0] if partial is not None and of_weight else None,
         partial[-1] if partial is not None and sums > of_weight else None,
-        rows, width, job.walk.inner, *strides[2:], *strides[:2],
-        OFFSET=job.offset, CENTERED=job.mean is not None, ROUND_INPUT=job.round_input,
-        ROWS=tile.rows, BLOCK=block, EVEN=block == width,
-            LOOP=tile.per_sm > 0, STAGES=tile.stages, HOIST=tile.hoist, num_warps=tile.warps,
     )  # fmt: skip
+    _backward(
+        (programs, 1),
+        tensors,
+        (rows, width, job.walk.inner, *strides[2:], *strides[:2]),
+        (job.offset, job.mean is not None, job.round_input, *_constants(tile, width), tile.reload),
+        tile.warps,
+    )
     return partial
 
 
@@ -305,12 +323,13 @@ def _sum_gradients(job: _Job, sums: int, of_weight: bool) -> Maybe:
     splits = _programs(-(-rows // tile_rows), max(1, 8 // blocks), device.limits(x.device))
     partial = _partial(x, sums, splits)
     assert partial is not None
-    weight_gradients[(splits * blocks,)](
-        dy, x, job.mean, job.rstd,
-        partial[0] if of_weight else None, partial[-1] if sums > of_weight else None,
-        rows, width, job.walk.inner, *job.walk.strides[2:4], *job.walk.strides[:2], blocks,
-        CENTERED=job.mean is not None, ROUND_INPUT=job.round_input,
-        ROWS=tile_rows, BLOCK=block, num_warps=4,
+    _weights(
+        (splits * blocks, 1),
+        (dy, x, job.mean, job.rstd, partial[0] if of_weight else None,
+         partial[-1] if sums > of_weight else None),
+        (rows, width, job.walk.inner, *job.walk.strides[2:4], *job.walk.strides[:2], blocks),
+        (job.mean is not None, job.round_input, tile_rows, block),
+        4,
     )  # fmt: skip
     return partial
 
@@ -322,8 +341,11 @@ def _finish(partial: Maybe, wanted: list[torch.Tensor]) -> list[torch.Tensor]:
     sums = [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in wanted]
     count, rows, width = partial.shape
     block = 16
-    column_sums[(-(-width // block), count)](
-        partial, sums[0], sums[1] if count > 1 else None, rows, width,
-        ROWS=max(8, min(256, _power_of_two(rows))), BLOCK=block, num_warps=4,
-    )  # fmt: skip
+    _columns(
+        (-(-width // block), count),
+        (partial, sums[0], sums[1] if count > 1 else None),
+        (rows, width),
+        (max(8, min(256, _power_of_two(rows))), block),
+        4,
+    )
     return sums

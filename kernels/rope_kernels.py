@@ -16,6 +16,7 @@ import torch
 from fusewright.kernels import device
 from fusewright.kernels.device import Limits
 from fusewright.kernels.launch import on_device_of, tl, triton
+from fusewright.kernels.launcher import Launcher
 
 Maybe = torch.Tensor | None
 
@@ -133,6 +134,9 @@ def rope_kernel(
                 _pass(k_from, k_to, k_there, ROTARY, WIDTH, PASS)
 
 
+_launch = Launcher(rope_kernel)
+
+
 class Tile(NamedTuple):
     """Heads of q and of k that a program takes at a time, how many times, and its warps."""
 
@@ -199,12 +203,12 @@ def turn(
     cos, *cos_strides = _table(cos)
     sin, *sin_strides = _table(sin)
     with on_device_of(shaped):
-        rope_kernel[(shaped.shape[0] * shaped.shape[2],)](
-            q, k, q_out, k_out, cos, sin, shaped.shape[2], *heads,
-            *_strides(q), *_strides(k), *_strides(q_out), *_strides(k_out),
-            *cos_strides, *sin_strides,
-            BACK=back, INTERLEAVED=layout == "interleaved", FULL=cos.shape[-1] == rotary_dim,
-            ROTARY=rotary_dim, WIDTH=width, BLOCK=_power_of_two(half),
-            PASS=_power_of_two(width - rotary_dim),
-            Q_HEADS=cut.q_heads, K_HEADS=cut.k_heads, STEPS=cut.steps, num_warps=cut.warps,
+        _launch(
+            (shaped.shape[0] * shaped.shape[2], 1),
+            (q, k, q_out, k_out, cos, sin),
+            (shaped.shape[2], *heads, *_strides(q), *_strides(k), *_strides(q_out),
+             *_strides(k_out), *cos_strides, *sin_strides),
+            (back, layout == "interleaved", cos.shape[-1] == rotary_dim, rotary_dim, width,
+             _power_of_two(half), _power_of_two(width - rotary_dim), *cut[:3]),
+            cut.warps,
         )  # fmt: skip

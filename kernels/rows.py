@@ -28,12 +28,11 @@ def empty_ordered(
     like: torch.Tensor, shape: Sequence[int], order: Sequence[int], dtype: torch.dtype
 ) -> torch.Tensor:
     """A dense tensor of ``shape`` whose first dimensions lie in memory in the given order."""
-    if list(order) == sorted(order):
-        return torch.empty(shape, dtype=dtype, device=like.device)
-    tail = list(range(len(order), len(shape)))
-    physical = [*order, *tail]
-    dense = torch.empty([shape[d] for d in physical], dtype=dtype, device=like.device)
-    return dense.permute([physical.index(d) for d in range(len(shape))])
+    strides, step = [0] * len(shape), 1
+    for d in (*range(len(shape) - 1, len(order) - 1, -1), *reversed(order)):
+        strides[d] = step
+        step = step * max(shape[d], 1)
+    return torch.empty_strided(shape, strides, dtype=dtype, device=like.device)
 
 
 def empty_rows(x: torch.Tensor, dtype: torch.dtype, statistic: bool = False) -> torch.Tensor:

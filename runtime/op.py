@@ -37,6 +37,45 @@ def _needs(requires: dict[int, bool], watched: tuple[int, ...]) -> tuple[bool, .
     return tuple(requires[i] for i in watched)
 
 
+def _plain_rule(
+    spec: OpSpec, forward: Callable[..., Any], backward: Callable[..., Any], args: _Arguments
+) -> type[torch.autograd.Function]:
+    """The autograd.Function of an op without lists of tensors: half the host time of the other."""
+    which = spec.gradients or tuple(range(len(spec.differentiable)))
+    watched, names, blank = args.watched, args.names, [None] * len(args.names)
+
+    class Rule(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *values: Any) -> Any:
+            given = ctx.needs_input_grad
+            ctx.needs = [given[i] for i in watched]
+            with torch._C._AutoDispatchBelowAutograd():
+                out = forward(*values, *ctx.needs) if spec.forward_needs else forward(*values)
+            outputs = out if isinstance(out, tuple) else (out,)
+            middle = spec.save(dict(zip(names, values, strict=True)), outputs)
+            ctx.save_for_backward(*[v if isinstance(v, torch.Tensor) else None for v in middle])
+            ctx.constants = [None if isinstance(v, torch.Tensor) else v for v in middle]
+            ctx.mark_non_differentiable(*outputs[spec.outputs :])
+            return out
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, *grads: Any) -> Any:
+            middle = [
+                c if t is None else t for t, c in zip(ctx.saved_tensors, ctx.constants, strict=True)
+            ]
+            out = backward(*grads[: spec.outputs], *middle, *ctx.needs)
+            results = out if isinstance(out, tuple) else (out,)
+            flat: list[Any] = blank.copy()
+            for i, need, at in zip(watched, ctx.needs, which, strict=True):
+                if need:
+                    flat[i] = results[at]
+            return tuple(flat)
+
+    Rule.__name__ = Rule.__qualname__ = f"{spec.name}_rule"
+    return Rule
+
+
 def _autograd_function(
     spec: OpSpec, forward: Callable[..., Any], backward: Callable[..., Any], args: _Arguments
 ) -> type[torch.autograd.Function]:
@@ -160,11 +199,14 @@ def register(spec: OpSpec, library: torch.library.Library) -> None:
         return
     backward = getattr(namespace, backward_name).default
     arguments = _Arguments(spec, forward._schema)
-    rule = _autograd_function(spec, forward, backward, arguments)
     watched = arguments.watched
+    plain = "Tensor[]" not in forward_schema
+    rule = (_plain_rule if plain else _autograd_function)(spec, forward, backward, arguments)
 
     def autograd(*values: Any) -> Any:
         if torch.is_grad_enabled() and any(_wants_grad(values[i]) for i in watched):
+            if plain:
+                return rule.apply(*values)
             return rule.apply(*((lf := _flatten(values))[0], *lf[1]))
         with torch._C._AutoDispatchBelowAutograd():
             if spec.forward_needs:
