@@ -166,7 +166,7 @@ def show(
     }
     (out / f"run-{name}.json").write_text(json.dumps(measured | {"seconds_to_compile": ready}))
     if name == "full":
-        console.print(report)
+        print(report)
     console.print(f"rewritten ({name}): {report.counts}")
 
 
