@@ -14,6 +14,7 @@ import json
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from rich.table import Table
 
 import fusewright
 
+warnings.filterwarnings("ignore", category=FutureWarning)  # peft calls what transformers renamed
 console = Console(width=max(Console().width, 100))
 Batch = Callable[[int], dict[str, torch.Tensor]]
 
@@ -120,7 +122,7 @@ def train(title: str, runs: tuple[Run, Run], batch: Batch, seconds: float, most:
     pace = sum(run.seconds[-1] for run in runs)
     steps = max(20, min(most, int(seconds / pace)))
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(title, total=steps, completed=2, shown="")
+        task = progress.add_task(title.split(",")[0], total=steps, completed=2, shown="")
         for step in range(2, steps):
             for run in runs if step % 2 else reversed(runs):
                 run.step(batch(step))
@@ -165,9 +167,7 @@ def show(
         for run in runs
     }
     (out / f"run-{name}.json").write_text(json.dumps(measured | {"seconds_to_compile": ready}))
-    if name == "full":
-        print(report)
-    console.print(f"rewritten ({name}): {report.counts}")
+    print(report)
 
 
 def sample(model: Any, device: str) -> str:
