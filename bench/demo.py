@@ -12,9 +12,9 @@ import argparse
 import copy
 import json
 import os
-import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ from rich.table import Table
 
 import fusewright
 
+warnings.filterwarnings("ignore", category=FutureWarning)  # peft calls what transformers renamed
 console = Console(width=max(Console().width, 100))
 Batch = Callable[[int], dict[str, torch.Tensor]]
 
@@ -121,7 +122,7 @@ def train(title: str, runs: tuple[Run, Run], batch: Batch, seconds: float, most:
     pace = sum(run.seconds[-1] for run in runs)
     steps = max(20, min(most, int(seconds / pace)))
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(title, total=steps, completed=2, shown="")
+        task = progress.add_task(title.split(",")[0], total=steps, completed=2, shown="")
         for step in range(2, steps):
             for run in runs if step % 2 else reversed(runs):
                 run.step(batch(step))
@@ -166,9 +167,7 @@ def show(
         for run in runs
     }
     (out / f"run-{name}.json").write_text(json.dumps(measured | {"seconds_to_compile": ready}))
-    if name == "full":
-        console.print(report)
-    console.print(f"rewritten ({name}): {report.counts}")
+    print(report)
 
 
 def sample(model: Any, device: str) -> str:
@@ -191,25 +190,17 @@ def sample(model: Any, device: str) -> str:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--seconds", type=float, default=70, help="of training a stage")
+    parser.add_argument("--seconds", type=float, default=60, help="of training a stage")
     parser.add_argument("--steps", type=int, default=600, help="of a stage at most")
     parser.add_argument("--lowering", choices=("auto", "fx", "inductor"), default="auto")
     parser.add_argument("--out", type=Path, default=Path("artifacts/demo"))
     return parser.parse_args()
 
 
-def lowering_here(asked: str, device: str) -> str:
-    """Inductor wherever it can work: on a GPU, or where there is a C++ compiler."""
-    if asked != "auto" or device == "cuda":
-        return asked
-    return "inductor" if any(map(shutil.which, ("c++", "g++", "clang++"))) else "fx"
-
-
 def main() -> None:
     given = arguments()
     started = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lowering = lowering_here(given.lowering, device)
     given.out.mkdir(parents=True, exist_ok=True)
     rows, length = (8, 1024) if device == "cuda" else (4, 256)
     model = base_model(device)
@@ -217,7 +208,7 @@ def main() -> None:
     console.print(
         f"A byte-level model of {size:.1f} M parameters on {device} "
         f"({torch.get_num_threads()} threads), {rows} x {length} bytes a step, "
-        f"lowering {lowering}"
+        f"lowering {given.lowering}"
     )
     stages = (
         ("full", "Every parameter, on the standard library's source", corpus.code(), 1e-3),
@@ -226,7 +217,7 @@ def main() -> None:
     for name, title, text, rate in stages:
         if name == "lora":
             model = adapted(model)
-        runs = pair(model, lowering, rate)
+        runs = pair(model, given.lowering, rate)
         batch = corpus.sampler(text, rows, length, device)
         ready = train(title, runs, batch, given.seconds, given.steps)
         show(name, title, runs, rows * length, ready, given.out)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,11 +26,27 @@ def step_peak(model: Any, batch: dict[str, torch.Tensor]) -> int:
         model(**batch, use_cache=False).loss.backward()
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        with (
+            _no_stderr(),
+            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record,
+        ):
             model(**batch, use_cache=False).loss.backward()
         peak = _peak(record)
     model.zero_grad(set_to_none=True)
     return int(peak)
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """The profiler's library announces its start and end on the process's standard error."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def _peak(record: profile) -> int:
