@@ -108,7 +108,8 @@ def _compile_checkpointed(
     writer.graph("00_capture", gm)
     for name in dict.fromkeys(bodies):
         with _timed(record, "normalize"):
-            body = normalize(gm.get_submodule(name))
+            captured: Any = gm.get_submodule(name)
+            body = normalize(captured)
         with _timed(record, "match"):
             match_and_rewrite(body, session, record)
         writer.graph(f"02_rewrite_{name}", body)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fusewright.compiler.match import Pattern
 from fusewright.patterns.cross_entropy import CrossEntropy, LinearCrossEntropy
 from fusewright.patterns.glu import GLU
+from fusewright.patterns.layer_norm import LayerNorm
 from fusewright.patterns.lora import LoRA
 from fusewright.patterns.rms_norm import RMSNorm
 from fusewright.patterns.rope import RoPE
@@ -12,6 +13,7 @@ from fusewright.patterns.rope import RoPE
 DEFAULT: tuple[Pattern, ...] = (
     LinearCrossEntropy(),
     CrossEntropy(),
+    LayerNorm(),
     RMSNorm(),
     RoPE(),
     LoRA(),

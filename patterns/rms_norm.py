@@ -47,7 +47,7 @@ class RMSNorm:
         for node in ir.calls(graph):
             if (
                 ir.is_call(node, aten.rms_norm.default)
-                or _inverse_root(node)
+                or inverse_root(node)
                 and ir.is_floating(node)
                 and ir.last(node) == 1
             ):
@@ -64,7 +64,8 @@ class RMSNorm:
                 yield _candidate(site.x, weight, out, nodes, site.eps, offset, cast)
 
 
-def _inverse_root(node: fx.Node) -> bool:
+def inverse_root(node: fx.Node) -> bool:
+    """Whether the node is an inverse square root, or a root that something is divided by."""
     if ir.is_call(node, aten.rsqrt.default):
         return True
     if ir.is_call(node, aten.pow.Tensor_Scalar):
@@ -88,7 +89,7 @@ def _library_call(node: fx.Node) -> Iterator[Candidate]:
 
 def _grow(anchor: fx.Node) -> _Site:
     inside = {anchor}
-    reduction, eps = _climb(anchor, inside)
+    reduction, eps = climb(anchor, inside)
     x = _row(reduction, inside)
     site = _Site(x, eps, inside)
     if not isinstance(ir.last(x), int):
@@ -99,7 +100,7 @@ def _grow(anchor: fx.Node) -> _Site:
     return site
 
 
-def _climb(anchor: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, float]:
+def climb(anchor: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, float]:
     """From the root up to the reduction; the literals added on the way are eps."""
     node, eps = anchor.args[0], 0.0
     while ir.is_call(node, aten.add.Tensor, aten.add.Scalar) or ir.is_cast(node):
@@ -134,10 +135,11 @@ def _row(reduction: fx.Node, inside: set[fx.Node]) -> fx.Node:
     if ir.is_call(square, aten.mul.Tensor) and square.args[1] is not base:
         raise Refused("the mean is of a product of two different values")
     inside.add(square)
-    return _strip(base, inside)
+    return strip_widening(base, inside)
 
 
-def _strip(node: fx.Node, inside: set[fx.Node]) -> fx.Node:
+def strip_widening(node: fx.Node, inside: set[fx.Node]) -> fx.Node:
+    """The value under casts that lose nothing; the casts join ``inside``."""
     while ir.widens(node):
         inside.add(node)
         node = node.args[0]  # type: ignore[assignment]
@@ -157,9 +159,9 @@ def _descend(anchor: fx.Node, site: _Site) -> None:
         if not ir.is_cast(step) and not ir.is_call(step, aten.reciprocal.default):
             operand = ir.other_operand(step, current)
             if ir.strip_casts(operand) is site.x:
-                _strip(operand, site.inside)
+                strip_widening(operand, site.inside)
             else:
-                gain = _gain(operand, site.x, site.inside)
+                gain = gain_of(operand, site.x, site.inside)
                 if gain is None or weight is not None:
                     return
                 weight, offset = gain
@@ -182,7 +184,7 @@ def _continues(user: fx.Node, current: fx.Node, site: _Site) -> bool:
     return ir.strip_casts(operand) is site.x or ir.last(operand) == ir.last(site.x)
 
 
-def _gain(operand: fx.Node, x: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, float] | None:
+def gain_of(operand: fx.Node, x: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, float] | None:
     """(weight, offset) when the operand is offset + w with w one vector of the row's width."""
     node, offset, passed = operand, 0.0, []
     while ir.is_cast(node) or ir.is_call(node, aten.add.Tensor, aten.rsub.Scalar):
