@@ -12,6 +12,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ def compile_graph(
     session.records.append(record)
     _note_break(gm, record)
     try:
-        return _compile(gm, example_inputs, session, record)
+        with unseen_by_checkpoints():
+            return _compile(gm, example_inputs, session, record)
     except Exception as error:
         # Whatever goes wrong in compiling, training goes on with the graph as captured.
         record.failure = _describe(error)
@@ -48,6 +50,11 @@ def compile_graph(
         if session.options.strict:
             raise CompileError(f"{region}: {record.failure}") from error
         return _tracked(gm.forward, session, record)
+
+
+def unseen_by_checkpoints() -> AbstractContextManager[Any]:
+    """What autograd saves inside is ours: an activation checkpoint around the region counts it."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
 def _compile(
@@ -185,7 +192,7 @@ def _verified(
 
     def first(*args: Any) -> Any:
         if not chosen:
-            with _timed(record, "verify"), lower.autocast_off(device):
+            with _timed(record, "verify"), lower.autocast_off(device), unseen_by_checkpoints():
                 record.verdict = verify(canonical, rewritten, args)
             if record.verdict.status == "reverted":
                 chosen.append(lower.lower(canonical, list(args), "fx", device))

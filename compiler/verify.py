@@ -151,8 +151,8 @@ def _run(
                 value = value.to(dtype)
             value.requires_grad_(wants)
         leaves.append(value)
-    devices = [v.device for v in leaves if isinstance(v, torch.Tensor) and v.is_cuda]
-    with torch.random.fork_rng(devices=sorted({d.index for d in devices})), torch.enable_grad():
+    devices = sorted({v.device.index for v in leaves if isinstance(v, torch.Tensor) and v.is_cuda})
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
         outputs = _flat(runner.run(*leaves))
     results = [outputs[i] for i in kept if isinstance(outputs[i], torch.Tensor)]
     floats = [r for r in results if r.requires_grad]
