@@ -15,6 +15,7 @@ import torch
 from fusewright.kernels import catalogue
 from fusewright.kernels.spec import OpSpec
 from fusewright.runtime.rule import Arguments, applied
+from fusewright.runtime.shortcut import shortcut
 
 _NAMESPACE = "fusewright"
 
@@ -49,6 +50,9 @@ def register(spec: OpSpec, library: torch.library.Library) -> None:
         return
     backward = getattr(namespace, backward_name).default
     arguments = Arguments(spec, forward._schema)
+    if spec.triton is not None:
+        forward = shortcut(forward, spec.triton[0])
+        backward = shortcut(backward, spec.triton[1])
     apply = applied(spec, forward, backward, arguments)
     watched = arguments.watched
 

@@ -101,7 +101,9 @@ def applied(spec: OpSpec, forward: Call, backward: Call, args: Arguments) -> Cal
     """The op's forward with gradients, as a function of the op's arguments."""
     rule = rule_of(spec, forward, backward, args)
     if issubclass(rule, _Plain):
-        return rule.apply
+        transforms = torch._C._are_functorch_transforms_active
+        alone = super(torch.autograd.Function, rule).apply  # what is left where there are none
+        return lambda *values: rule.apply(*values) if transforms() else alone(*values)
     return lambda *values: rule.apply(*((lf := flatten(values))[0], *lf[1]))
 
 
