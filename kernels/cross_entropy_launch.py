@@ -18,17 +18,24 @@ from fusewright.kernels.cross_entropy_kernels import (
     scale_to,
 )
 from fusewright.kernels.launch import on_device_of
+from fusewright.kernels.launcher import Launcher
+
+_forward = Launcher(cross_entropy_forward, enable_fp_fusion=True)
+_reduce = Launcher(cross_entropy_reduce, enable_fp_fusion=True)
+_backward = Launcher(cross_entropy_backward, enable_fp_fusion=True)
+_in_place = Launcher(loss_and_gradient_in_place, enable_fp_fusion=True)
+_scale = Launcher(scale_to, enable_fp_fusion=True)
 
 
-def _constants(form: Any, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "SCALED": form.scale != 1.0,
-        "CAPPED": form.softcap > 0,
-        "SMOOTH": form.label_smoothing > 0,
-        "Z_LOSS": form.z_loss > 0,
-        "PRECISE": dtype is torch.float32,
-        "enable_fp_fusion": True,
-    }
+def _constants(form: Any, dtype: torch.dtype) -> tuple[bool, bool, bool, bool, bool]:
+    """SCALED, CAPPED, SMOOTH, Z_LOSS and PRECISE."""
+    return (
+        form.scale != 1.0,
+        form.softcap > 0,
+        form.label_smoothing > 0,
+        form.z_loss > 0,
+        dtype is torch.float32,
+    )
 
 
 def _numbers(form: Any) -> tuple[float, float, float, float, float]:
@@ -50,11 +57,13 @@ def launch_forward(
     rows, vocab = logits.shape
     block, wide, warps = _row_block(vocab, logits.element_size(), 8192)
     with on_device_of(logits):
-        cross_entropy_forward[(rows,)](
-            logits, labels, losses, lse, logits.stride(0), labels.stride(0), vocab,
-            form.ignore_index, *_numbers(form),
-            BLOCK=block, WIDE=wide, num_warps=warps, **_constants(form, logits.dtype),
-        )  # fmt: skip
+        _forward(
+            (rows, 1),
+            (logits, labels, losses, lse),
+            (logits.stride(0), labels.stride(0), vocab, form.ignore_index, *_numbers(form)),
+            (*_constants(form, logits.dtype), block, wide),
+            warps,
+        )
 
 
 def launch_reduce(
@@ -77,12 +86,13 @@ def launch_reduce(
     rows = labels.shape[0]
     block = min(2048, max(32, 1 << (rows - 1).bit_length()))
     with on_device_of(labels):
-        cross_entropy_reduce[(1,)](
-            losses, labels, denominator, loss, factor, good,
-            rows, labels.stride(0), vocab, ignore_index, unit,
-            REDUCE=losses is not None, MEAN=mean, DIVIDED=denominator is not None, BLOCK=block,
-            num_warps=max(1, block // 256), enable_fp_fusion=True,
-        )  # fmt: skip
+        _reduce(
+            (1, 1),
+            (losses, labels, denominator, loss, factor, good),
+            (rows, labels.stride(0), vocab, ignore_index, unit),
+            (losses is not None, mean, denominator is not None, block),
+            max(1, block // 256),
+        )
     torch._assert_async(good, f"labels: expected {ignore_index} or 0 <= label < {vocab}")
     return loss, factor
 
@@ -101,11 +111,13 @@ def launch_backward(
     block = min(4096 if logits.element_size() == 2 else 2048, 1 << (vocab - 1).bit_length())
     column_blocks = -(-vocab // block)
     with on_device_of(logits):
-        cross_entropy_backward[(rows * column_blocks,)](
-            dloss, logits, labels, lse, factor, dlogits,
-            dloss.stride(0) if dloss.dim() else 0, logits.stride(0), labels.stride(0), vocab,
-            column_blocks, form.ignore_index, *_numbers(form),
-            BLOCK=block, num_warps=max(1, min(8, block // 512)), **_constants(form, logits.dtype),
+        _backward(
+            (rows * column_blocks, 1),
+            (dloss, logits, labels, lse, factor, dlogits),
+            (dloss.stride(0) if dloss.dim() else 0, logits.stride(0), labels.stride(0), vocab,
+             column_blocks, form.ignore_index, *_numbers(form)),
+            (*_constants(form, logits.dtype), block),
+            max(1, min(8, block // 512)),
         )  # fmt: skip
 
 
@@ -123,12 +135,13 @@ def launch_in_place(
     largest = 4096 if form.softcap > 0 else 8192
     block, wide, warps = _row_block(vocab, logits.element_size(), largest)
     with on_device_of(logits):
-        loss_and_gradient_in_place[(rows,)](
-            logits, labels, losses, logits.stride(0), labels.stride(0), vocab, form.ignore_index,
-            *_numbers(form), unit,
-            GRADIENT=gradient, BLOCK=block, WIDE=wide, num_warps=min(16, max(warps, block // 512)),
-            **_constants(form, logits.dtype),
-        )  # fmt: skip
+        _in_place(
+            (rows, 1),
+            (logits, labels, losses),
+            (logits.stride(0), labels.stride(0), vocab, form.ignore_index, *_numbers(form), unit),
+            (*_constants(form, logits.dtype), gradient, block, wide),
+            min(16, max(warps, block // 512)),
+        )
 
 
 def launch_scale(
@@ -137,6 +150,5 @@ def launch_scale(
     """Write saved times the upstream scalar times ``factor``; both dense."""
     block = 2048
     with on_device_of(saved):
-        scale_to[(-(-saved.numel() // block),)](
-            saved, dloss, factor, out, saved.numel(), BLOCK=block, num_warps=4
-        )
+        blocks = -(-saved.numel() // block)
+        _scale((blocks, 1), (saved, dloss, factor, out), (saved.numel(),), (block,), 4)

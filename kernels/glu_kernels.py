@@ -12,6 +12,7 @@ import torch
 
 from fusewright.kernels.elementary import value, value_and_slope
 from fusewright.kernels.launch import on_device_of, row_stride, rows_of, tl, triton
+from fusewright.kernels.launcher import Launcher
 
 _FLAT = 2**30  # columns are counted in 32 bits
 
@@ -136,6 +137,12 @@ def activation_backward(
     tl.store(dx_ptr + row * dx_row + columns, dy * slope, mask=inside)
 
 
+_glu_forward = Launcher(glu_forward, enable_fp_fusion=True)
+_glu_backward = Launcher(glu_backward, enable_fp_fusion=True)
+_activation_forward = Launcher(activation_forward, enable_fp_fusion=True)
+_activation_backward = Launcher(activation_backward, enable_fp_fusion=True)
+
+
 def _block(width: int, largest: int) -> int:
     """The power of two that covers the width, at most ``largest``."""
     return min(largest, 1 << max(width - 1, 1).bit_length())
@@ -198,12 +205,13 @@ def _forward(
     column_blocks = -(-width // block)
     alpha, limit = clamp or (1.0, 0.0)
     with on_device_of(gate):
-        glu_forward[(rows * column_blocks,)](
-            gate, up, y, gate_at, up_at, gate_row, up_row, y_row, width, column_blocks,
-            alpha, limit,
-            ACTIVATION=activation, CLAMPED=clamp is not None, INTERLEAVED=interleaved is not None,
-            GATE_FIRST=interleaved is True, PRECISE=gate.dtype is torch.float32, BLOCK=block,
-            num_warps=4, enable_fp_fusion=True,
+        _glu_forward(
+            (rows * column_blocks, 1),
+            (gate, up, y),
+            (gate_at, up_at, gate_row, up_row, y_row, width, column_blocks, alpha, limit),
+            (activation, clamp is not None, interleaved is not None, interleaved is True,
+             gate.dtype is torch.float32, block),
+            warps=4,
         )  # fmt: skip
 
 
@@ -256,13 +264,13 @@ def _backward(
     column_blocks = -(-width // block)
     alpha, limit = clamp or (1.0, 0.0)
     with on_device_of(gate):
-        glu_backward[(rows * column_blocks,)](
-            dy, gate, up, dgate, dup, gate_at, up_at,
-            dy_row, gate_row, up_row, out_row, width, column_blocks, alpha, limit,
-            ACTIVATION=activation, CLAMPED=clamp is not None, INTERLEAVED=interleaved is not None,
-            GATE_FIRST=interleaved is True, NEED_GATE=dgate is not None, NEED_UP=dup is not None,
-            PRECISE=gate.dtype is torch.float32, BLOCK=block,
-            num_warps=4, enable_fp_fusion=True,
+        _glu_backward(
+            (rows * column_blocks, 1),
+            (dy, gate, up, dgate, dup),
+            (gate_at, up_at, dy_row, gate_row, up_row, out_row, width, column_blocks, alpha, limit),
+            (activation, clamp is not None, interleaved is not None, interleaved is True,
+             dgate is not None, dup is not None, gate.dtype is torch.float32, block),
+            warps=4,
         )  # fmt: skip
 
 
@@ -274,11 +282,13 @@ def launch_activation_forward(x: torch.Tensor, y: torch.Tensor, activation: str)
     block = _block(columns, 2048 if x.element_size() == 2 else 1024)
     column_blocks = -(-columns // block)
     with on_device_of(x):
-        activation_forward[(rows * column_blocks,)](
-            x, y, x_row, y_row, columns, column_blocks,
-            ACTIVATION=activation, PRECISE=x.dtype is torch.float32, BLOCK=block,
-            num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+        _activation_forward(
+            (rows * column_blocks, 1),
+            (x, y),
+            (x_row, y_row, columns, column_blocks),
+            (activation, x.dtype is torch.float32, block),
+            warps=4,
+        )
 
 
 def launch_activation_backward(
@@ -291,8 +301,10 @@ def launch_activation_backward(
     block = _block(columns, 2048 if x.element_size() == 2 else 1024)
     column_blocks = -(-columns // block)
     with on_device_of(x):
-        activation_backward[(rows * column_blocks,)](
-            dy, x, dx, dy_row, x_row, width, columns, column_blocks,
-            ACTIVATION=activation, PRECISE=x.dtype is torch.float32, BLOCK=block,
-            num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+        _activation_backward(
+            (rows * column_blocks, 1),
+            (dy, x, dx),
+            (dy_row, x_row, width, columns, column_blocks),
+            (activation, x.dtype is torch.float32, block),
+            warps=4,
+        )

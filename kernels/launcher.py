@@ -27,10 +27,14 @@ def _hooked() -> bool:
 
 
 class Launcher:
-    """A kernel whose arguments are tensors first, then numbers, then constants, all positional."""
+    """A kernel whose arguments are tensors first, then numbers, then constants, all positional.
 
-    def __init__(self, kernel: Any) -> None:
+    ``options`` are compiler options that every launch has, such as enable_fp_fusion.
+    """
+
+    def __init__(self, kernel: Any, **options: Any) -> None:
         self.kernel = kernel
+        self._options = options
         self._known: dict[tuple[Any, ...], Any] = {}
 
     def __call__(
@@ -62,7 +66,9 @@ class Launcher:
         key = (index, *dtypes, *numbers, *constants, warps)
         compiled = self._known.get(key)
         if compiled is None or bits & 15 or _hooked():
-            launched = self.kernel[grid](*tensors, *numbers, *constants, num_warps=warps)
+            launched = self.kernel[grid](
+                *tensors, *numbers, *constants, num_warps=warps, **self._options
+            )  # fmt: skip
             if launched is not None and index >= 0 and not bits & 15:
                 if len(self._known) >= _MOST:
                     self._known.clear()

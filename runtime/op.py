@@ -8,165 +8,16 @@ forward with grad, against 32 for ``torch.library.custom_op``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from fusewright.kernels import catalogue
 from fusewright.kernels.spec import OpSpec
+from fusewright.runtime.rule import Arguments, applied
+from fusewright.runtime.shortcut import shortcut
 
 _NAMESPACE = "fusewright"
-
-
-def _tensor_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value)
-
-
-class _Arguments:
-    """The forward's argument names, and which of them autograd must watch."""
-
-    def __init__(self, spec: OpSpec, schema: torch._C.FunctionSchema) -> None:
-        self.names = tuple(a.name for a in schema.arguments)
-        if spec.forward_needs:
-            self.names = self.names[: len(self.names) - len(spec.differentiable)]
-        self.watched = tuple(self.names.index(n) for n in spec.differentiable)
-
-
-def _needs(requires: dict[int, bool], watched: tuple[int, ...]) -> tuple[bool, ...]:
-    return tuple(requires[i] for i in watched)
-
-
-def _plain_rule(
-    spec: OpSpec, forward: Callable[..., Any], backward: Callable[..., Any], args: _Arguments
-) -> type[torch.autograd.Function]:
-    """The autograd.Function of an op without lists of tensors: half the host time of the other."""
-    which = spec.gradients or tuple(range(len(spec.differentiable)))
-    watched, names, blank = args.watched, args.names, [None] * len(args.names)
-
-    class Rule(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *values: Any) -> Any:
-            given = ctx.needs_input_grad
-            ctx.needs = [given[i] for i in watched]
-            with torch._C._AutoDispatchBelowAutograd():
-                out = forward(*values, *ctx.needs) if spec.forward_needs else forward(*values)
-            outputs = out if isinstance(out, tuple) else (out,)
-            middle = spec.save(dict(zip(names, values, strict=True)), outputs)
-            ctx.save_for_backward(*[v if isinstance(v, torch.Tensor) else None for v in middle])
-            ctx.constants = [None if isinstance(v, torch.Tensor) else v for v in middle]
-            ctx.mark_non_differentiable(*outputs[spec.outputs :])
-            return out
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, *grads: Any) -> Any:
-            middle = [
-                c if t is None else t for t, c in zip(ctx.saved_tensors, ctx.constants, strict=True)
-            ]
-            out = backward(*grads[: spec.outputs], *middle, *ctx.needs)
-            results = out if isinstance(out, tuple) else (out,)
-            flat: list[Any] = blank.copy()
-            for i, need, at in zip(watched, ctx.needs, which, strict=True):
-                if need:
-                    flat[i] = results[at]
-            return tuple(flat)
-
-    Rule.__name__ = Rule.__qualname__ = f"{spec.name}_rule"
-    return Rule
-
-
-def _autograd_function(
-    spec: OpSpec, forward: Callable[..., Any], backward: Callable[..., Any], args: _Arguments
-) -> type[torch.autograd.Function]:
-    """The autograd.Function of one op; lists of tensors arrive flattened behind their lengths."""
-
-    which = spec.gradients or tuple(range(len(spec.differentiable)))
-
-    class Rule(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, layout: tuple[int, ...], *flat: Any) -> Any:
-            values, spans, at = [], [], 0
-            for n in layout:
-                spans.append((at, at + max(n, 1) if n >= 0 else at + 1))
-                values.append(list(flat[at : at + n]) if n >= 0 else flat[at])
-                at += n if n >= 0 else 1
-            needs: list[bool] = []
-            starts = _starts(layout)
-            for i in args.watched:
-                width = layout[i] if layout[i] >= 0 else 1
-                first = starts[i]
-                needs.append(any(ctx.needs_input_grad[1 + first : 1 + first + width]))
-            with torch._C._AutoDispatchBelowAutograd():
-                out = forward(*values, *needs) if spec.forward_needs else forward(*values)
-            outputs = out if isinstance(out, tuple) else (out,)
-            middle = spec.save(dict(zip(args.names, values, strict=True)), outputs)
-            tensors: list[torch.Tensor] = []
-            plan: list[Any] = []
-            for value in middle:
-                if isinstance(value, torch.Tensor):
-                    plan.append(("t", len(tensors)))
-                    tensors.append(value)
-                elif _tensor_list(value):
-                    plan.append(("l", len(tensors), len(value)))
-                    tensors.extend(value)
-                else:
-                    plan.append(("c", value))
-            ctx.save_for_backward(*tensors)
-            ctx.plan, ctx.needs, ctx.layout = plan, needs, layout
-            ctx.mark_non_differentiable(*outputs[spec.outputs :])
-            ctx.set_materialize_grads(True)
-            return out
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, *grads: Any) -> Any:
-            saved = ctx.saved_tensors
-            middle = []
-            for kind, *at in ctx.plan:
-                if kind == "t":
-                    middle.append(saved[at[0]])
-                elif kind == "l":
-                    middle.append(list(saved[at[0] : at[0] + at[1]]))
-                else:
-                    middle.append(at[0])
-            out = backward(*grads[: spec.outputs], *middle, *ctx.needs)
-            results = out if isinstance(out, tuple) else (out,)
-            starts, width = _starts(ctx.layout), sum(n if n >= 0 else 1 for n in ctx.layout)
-            flat: list[Any] = [None] * width
-            for i, need, at in zip(args.watched, ctx.needs, which, strict=True):
-                if not need:
-                    continue
-                grad = results[at]
-                if ctx.layout[i] >= 0:
-                    flat[starts[i] : starts[i] + ctx.layout[i]] = grad
-                else:
-                    flat[starts[i]] = grad
-            return (None, *flat)
-
-    Rule.__name__ = Rule.__qualname__ = f"{spec.name}_rule"
-    return Rule
-
-
-@functools.lru_cache(maxsize=256)
-def _starts(layout: tuple[int, ...]) -> tuple[int, ...]:
-    starts, at = [], 0
-    for n in layout:
-        starts.append(at)
-        at += n if n >= 0 else 1
-    return tuple(starts)
-
-
-def _flatten(values: tuple[Any, ...]) -> tuple[tuple[int, ...], list[Any]]:
-    layout, flat = [], []
-    for value in values:
-        if _tensor_list(value):
-            layout.append(len(value))
-            flat.extend(value)
-        else:
-            layout.append(-1)
-            flat.append(value)
-    return tuple(layout), flat
 
 
 def register(spec: OpSpec, library: torch.library.Library) -> None:
@@ -198,16 +49,18 @@ def register(spec: OpSpec, library: torch.library.Library) -> None:
     if not spec.backward:
         return
     backward = getattr(namespace, backward_name).default
-    arguments = _Arguments(spec, forward._schema)
+    arguments = Arguments(spec, forward._schema)
+    if spec.triton is not None:
+        forward = shortcut(forward, spec.triton[0])
+        backward = shortcut(backward, spec.triton[1])
+    apply = applied(spec, forward, backward, arguments)
     watched = arguments.watched
-    plain = "Tensor[]" not in forward_schema
-    rule = (_plain_rule if plain else _autograd_function)(spec, forward, backward, arguments)
 
     def autograd(*values: Any) -> Any:
-        if torch.is_grad_enabled() and any(_wants_grad(values[i]) for i in watched):
-            if plain:
-                return rule.apply(*values)
-            return rule.apply(*((lf := _flatten(values))[0], *lf[1]))
+        if torch.is_grad_enabled():
+            for i in watched:
+                if _wants_grad(values[i]):
+                    return apply(*values)
         with torch._C._AutoDispatchBelowAutograd():
             if spec.forward_needs:
                 return forward(*values, *[False] * len(watched))
