@@ -87,11 +87,12 @@ def backward_tile(width: int, itemsize: int, inputs: int, sums: int, limits: Lim
     """As the forward; with ``sums`` weight gradients, whose rows stay in registers, a loop."""
     block = _power_of_two(width)
     rows = max(1, min(16, 2048 // block))
-    if not sums:
-        return Tile(rows, _warps(rows * block, 32 if block > 8192 else 16, limits))
-    warps = _warps(rows * block, 32 if block > 4096 else 16, limits)
     if block > 8192:
-        return Tile(rows, warps, 1, reload=True)
+        per_thread = 32 if itemsize == 2 else 16
+        return Tile(1, _warps(block, per_thread, limits), 1 if sums else 0, reload=True)
+    if not sums:
+        return Tile(rows, _warps(rows * block, 16, limits))
+    warps = _warps(rows * block, 32 if block > 4096 else 16, limits)
     per_sm = max(1, min(4, 768 // (warps * limits.warp)))
     stages = _stages(2, rows * block * itemsize * (inputs + 1), limits)
     return Tile(rows, warps, per_sm, stages)
