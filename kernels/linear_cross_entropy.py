@@ -4,7 +4,8 @@
 
 Shapes: x (T, H), weight (V, H), bias (V,) or absent, labels (T,), denominator () or absent, loss ().
 The rows of x are taken in chunks of at least 2048 (or all of them), a number that depends on the
-shapes only. Each chunk's logits live in one scratch buffer, which its d(logits) then overwrites.
+shapes and on whether the weight is trained: then twice as many, because every chunk reads and
+writes all of dW's float32 accumulator. Each chunk's logits live in one scratch buffer, which its d(logits) then overwrites.
 
 The gradients are computed in the forward, chunk by chunk, as if the upstream gradient were 1:
     dx_chunk = D W        dW = sum over chunks of D^T x_chunk        db = column sums of D
@@ -59,14 +60,17 @@ from fusewright.kernels.spec import OpSpec
 
 _MIN_ROWS = 2048
 _TILE = 128
-_SCRATCH_BYTES = 512 * 2**20
+_SCRATCH_BYTES = 512 * 2**20  # of logits; twice that where the weight's gradient is summed
 
 _Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def chunk_rows(rows: int, vocab: int, itemsize: int) -> int:
-    """Rows of a chunk: all equal, at least 2048, the logits of one about 512 MiB or less."""
-    fits = max(_MIN_ROWS, _SCRATCH_BYTES // max(vocab * itemsize, 1))
+def chunk_rows(rows: int, vocab: int, itemsize: int, summed: bool = False) -> int:
+    """Rows of a chunk: all equal, at least 2048, the logits of one about 512 MiB or less.
+
+    With ``summed``, when all chunks add to the weight's gradient, about 1 GiB or less.
+    """
+    fits = max(_MIN_ROWS, (1 + summed) * _SCRATCH_BYTES // max(vocab * itemsize, 1))
     if rows <= fits:
         return max(rows, 1)
     # The fewest chunks, of equal size up to a GEMM tile; rounding up never reaches below 2048.
@@ -172,7 +176,7 @@ def _reference_chunks(
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     up = gradient_unit(x.dtype, form)
     unit = torch.full((), up, dtype=wide, device=x.device)
-    step = chunk_rows(x.shape[0], weight.shape[0], x.element_size())
+    step = chunk_rows(x.shape[0], weight.shape[0], x.element_size(), need_weight)
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)
         logits = torch.nn.functional.linear(x[rows], weight, bias)
@@ -225,7 +229,7 @@ def triton_fwd(
         )  # fmt: skip
     check_inputs(x, weight, bias, labels, denominator, reduction)
     (rows, _), vocab = x.shape, weight.shape[0]
-    step = min(rows, chunk_rows(rows, vocab, x.element_size()))
+    step = min(rows, chunk_rows(rows, vocab, x.element_size(), need_weight))
     scratch = torch.empty((step, vocab), dtype=x.dtype, device=x.device)
     losses = torch.empty(rows, dtype=torch.float64, device=x.device)
     grads = new_gradients(x, weight, need_x, need_weight, need_bias and bias is not None)

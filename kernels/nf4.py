@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fusewright.kernels.launch import HAS_TRITON, on_device_of, tl, triton
+from fusewright.kernels.launcher import Launcher
 from fusewright.kernels.spec import OpSpec
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -208,6 +209,11 @@ def dequantize_elements(
     tl.store(out_ptr + to, weight, mask=inside)
 
 
+# Without fusion: the scale is a product and a sum, each rounded.
+_dequantize_blocks = Launcher(dequantize_blocks, enable_fp_fusion=False)
+_dequantize_elements = Launcher(dequantize_elements, enable_fp_fusion=False)
+
+
 def triton_into(out: torch.Tensor, q: Quantised) -> None:
     """Write the weight into ``out``, which may have any row stride, by a kernel."""
     rows, columns = out.shape
@@ -221,23 +227,19 @@ def triton_into(out: torch.Tensor, q: Quantised) -> None:
     tensors = (
         q.packed, q.absmax, q.code, q.offset, q.nested_absmax, q.nested_code, out
     )  # fmt: skip
-    shared = {
-        "NESTED": q.offset is not None,
-        "NESTED_BLOCKSIZE": q.nested_blocksize,
-        "BLOCKSIZE": q.blocksize,
-        "enable_fp_fusion": False,  # the scale is a product and a sum, each rounded
-    }
+    shared = (q.offset is not None, q.nested_blocksize, q.blocksize)
     with on_device_of(out):
         if whole:
-            blocks, tile, steps = out.numel() // q.blocksize, max(1, 2048 // q.blocksize), 4
-            dequantize_blocks[(-(-blocks // (tile * steps)),)](
-                *tensors, blocks, columns // q.blocksize, out_row,
-                DENSE=dense, BLOCKS=tile, STEPS=steps, num_warps=8, **shared,
+            blocks, tile = out.numel() // q.blocksize, max(1, 4096 // q.blocksize)
+            steps = 1 if dense else 2  # a wide output has more to compute before it can write
+            _dequantize_blocks(
+                (-(-blocks // (tile * steps)), 1), tensors, (blocks, columns // q.blocksize, out_row),
+                (*shared, dense, tile, steps), warps=4,
             )  # fmt: skip
         else:
-            dequantize_elements[(-(-out.numel() // 1024),)](
-                *tensors, out.numel(), columns, out_row, BLOCK=1024, num_warps=4, **shared
-            )
+            numbers = (out.numel(), columns, out_row)
+            grid = (-(-out.numel() // 1024), 1)
+            _dequantize_elements(grid, tensors, numbers, (*shared, 1024), warps=4)
 
 
 def triton_fwd(

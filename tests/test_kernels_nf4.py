@@ -88,12 +88,12 @@ def compiled_cases() -> list[Case]:
         types[name] = "*fp32:16"
     flags = {"NESTED": True, "NESTED_BLOCKSIZE": 256, "BLOCKSIZE": 64}
     sizes = {"blocks": "i32:16", "row_blocks": "i32:16", "out_row": "i32:16"}
-    steps = {"BLOCKS": 32, "STEPS": 4}
+    tile = {"BLOCKS": 64}
     blocks = module + "dequantize_blocks"
     any_sizes = {"elements": "i32", "columns": "i32", "out_row": "i32"}
     return [
-        Case(blocks, types | sizes, flags | steps | {"DENSE": True}, 8),
-        Case(blocks, types | sizes, flags | steps | {"DENSE": False}, 8),
+        Case(blocks, types | sizes, flags | tile | {"DENSE": True, "STEPS": 1}, 4),
+        Case(blocks, types | sizes, flags | tile | {"DENSE": False, "STEPS": 2}, 4),
         Case(module + "dequantize_elements", types | any_sizes, flags | {"BLOCK": 1024}, 4),
     ]
 
