@@ -28,7 +28,7 @@ GLU = {
     "ACTIVATION": "silu", "CLAMPED": False, "INTERLEAVED": False, "GATE_FIRST": False,
     "PRECISE": False, "enable_fp_fusion": True,
 }  # fmt: skip
-LOSS = {n: False for n in ("SCALED", "CAPPED", "SMOOTH", "Z_LOSS", "PRECISE")}
+LOSS = {n: False for n in ("SCALED", "CAPPED", "SMOOTH", "Z_LOSS", "PRECISE", "SHIFTED")}
 LOSS["enable_fp_fusion"] = True
 NUMBERS = (0.0, 0.0, 1.0, 0.0, 0.0)
 
@@ -94,7 +94,7 @@ def loss(copy: float, rows: int, vocab: int) -> None:
         backward[f"{block}/{warps}"] = lambda b=block, w=warps, c=blocks: (
             cross_entropy_backward[(rows * c,)](
                 one, logits, labels, lse, factor, out, 0, vocab, 1, vocab, c, -100, *NUMBERS,
-                **LOSS, BLOCK=b, num_warps=w,
+                **LOSS, BLOCK=b, WIDE=8, num_warps=w,
             )
         )  # fmt: skip
     show(f"cross_entropy forward {rows}x{vocab}", copy, 2 * logits.numel(), forward)

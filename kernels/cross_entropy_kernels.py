@@ -8,6 +8,10 @@ in a fixed order and counts them. Backward: one program per row and block of col
 The chunked head and loss uses one kernel for both on a buffer of its own: it reads the logits of a
 row, then reads them again, from cache, and overwrites them with their gradient.
 
+Where the rows do not begin at multiples of 16 bytes (a vocabulary of odd size), SHIFTED kernels count
+columns from the last such multiple before the row, so that whole 16 bytes are still read and written:
+what is read beside the row is thrown away, and nothing is written there.
+
 What there is one of per row (log-sum-exp, loss, the label's gradient) is float64. A row whose label
 is ignored is not read.
 """
@@ -41,26 +45,68 @@ def _transform(x, scale, softcap, inverse, SCALED: tl.constexpr, CAPPED: tl.cons
 
 
 @triton.jit
+def _begin(row_ptr, WIDE: tl.constexpr, SHIFTED: tl.constexpr):
+    """The last multiple of 16 bytes at or before a row, and by how many elements it is before."""
+    shift = 0
+    if SHIFTED:
+        shift = ((row_ptr.to(tl.int64) & 15) // (16 // WIDE)).to(tl.int32)
+        row_ptr = tl.multiple_of(row_ptr - shift, 16)
+    return row_ptr, shift
+
+
+@triton.jit
+def _groups(first, shift, vocab, BLOCK: tl.constexpr, WIDE: tl.constexpr, SHIFTED: tl.constexpr):
+    """BLOCK positions behind ``_begin`` in groups of 16 bytes.
+
+    Gives the positions, their columns, which of those exist, and which to ask memory for: the whole
+    group if some of it exists, which one access can bring.
+    """
+    groups = first + tl.arange(0, BLOCK // WIDE)[:, None] * WIDE
+    at = groups + tl.arange(0, WIDE)[None, :]
+    columns = at - shift
+    inside = columns < vocab
+    asked = inside
+    if SHIFTED:
+        inside = inside & (columns >= 0)
+        asked = tl.broadcast_to(groups < vocab + shift, (BLOCK // WIDE, WIDE))
+    return at, columns, inside, asked
+
+
+@triton.jit
+def _store(row_ptr, at, value, inside, first, shift, vocab, BLOCK: tl.constexpr,
+           WIDE: tl.constexpr, SHIFTED: tl.constexpr):  # fmt: skip
+    """Write what is inside the row: whole groups, and one by one those that a row's end cuts."""
+    if SHIFTED:
+        groups = first - shift + tl.arange(0, BLOCK // WIDE)[:, None] * WIDE
+        whole = (groups >= 0) & (groups + WIDE <= vocab)
+        whole = tl.broadcast_to(whole, (BLOCK // WIDE, WIDE))
+        tl.store(row_ptr + at, value, mask=whole)
+        if (first == 0) | (first + BLOCK > vocab + shift):
+            tl.store(row_ptr + at, value, mask=inside & ~whole)
+    else:
+        tl.store(row_ptr + at, value, mask=inside)
+
+
+@triton.jit
 def _row_statistics(
     row_ptr, vocab, anchor, scale, softcap, inverse,
     SCALED: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, PRECISE: tl.constexpr,
-    BLOCK: tl.constexpr, WIDE: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, KEEP: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """max z, sum exp(z - max) and, with SMOOTH, sum (z - anchor); the sums in float64."""
     LANES: tl.constexpr = BLOCK // WIDE
     top = tl.full((LANES,), _LOWEST, tl.float32)
     total = tl.zeros((LANES,), tl.float32)
     spread = tl.zeros((LANES,), tl.float32)
-    at = tl.arange(0, LANES)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
-    for first in range(0, vocab, BLOCK):
-        columns = first + at
-        inside = columns < vocab
+    begin_ptr, shift = _begin(row_ptr, WIDE, SHIFTED)
+    for first in range(0, vocab + shift, BLOCK):
+        at, _columns, inside, asked = _groups(first, shift, vocab, BLOCK, WIDE, SHIFTED)
         x = tl.load(
-            row_ptr + columns, mask=inside, other=0.0 if SCALED or CAPPED else -float("inf"),
+            begin_ptr + at, mask=asked, other=0.0 if SCALED or CAPPED else -float("inf"),
             eviction_policy="evict_last" if KEEP else "evict_first",
         ).to(tl.float32)  # fmt: skip
         z, _ = _transform(x, scale, softcap, inverse, SCALED, CAPPED, PRECISE)
-        if SCALED or CAPPED:
+        if SCALED or CAPPED or SHIFTED:
             z = tl.where(inside, z, -float("inf"))
         higher = tl.maximum(top, tl.max(z, axis=1))
         terms = exp(z - higher[:, None], False)
@@ -78,6 +124,7 @@ def _row_loss(
     row_ptr, label, vocab, smoothing, z_loss, scale, softcap, inverse,
     SCALED: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr,
     PRECISE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, KEEP: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """The loss of a row, its log-sum-exp, and z of its label; NaN for a label out of range."""
     known = (label >= 0) & (label < vocab)
@@ -87,7 +134,7 @@ def _row_loss(
     anchor = tl.where(tl.abs(z_label) < 1e38, z_label, 0.0)
     top, total, spread = _row_statistics(
         row_ptr, vocab, anchor, scale, softcap, inverse,
-        SCALED, CAPPED, SMOOTH, PRECISE, BLOCK, WIDE, KEEP,
+        SCALED, CAPPED, SMOOTH, PRECISE, BLOCK, WIDE, KEEP, SHIFTED,
     )  # fmt: skip
     log_total = tl.log(total)
     lse = top.to(tl.float64) + log_total
@@ -166,7 +213,7 @@ def cross_entropy_forward(
     logits_ptr, labels_ptr, losses_ptr, lse_ptr, row_step, label_step, vocab, ignore_index,
     smoothing, z_loss, scale, softcap, inverse,
     SCALED: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr,
-    PRECISE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    PRECISE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """The loss and the log-sum-exp of one row; 0 and 0 where the label is ignored."""
     row = tl.program_id(0).to(tl.int64)
@@ -177,7 +224,7 @@ def cross_entropy_forward(
     else:
         loss, lse, _ = _row_loss(
             logits_ptr + row * row_step, label, vocab, smoothing, z_loss, scale, softcap, inverse,
-            SCALED, CAPPED, SMOOTH, Z_LOSS, PRECISE, BLOCK, WIDE, False,
+            SCALED, CAPPED, SMOOTH, Z_LOSS, PRECISE, BLOCK, WIDE, False, SHIFTED,
         )  # fmt: skip
         tl.store(losses_ptr + row, loss)
         tl.store(lse_ptr + row, lse)
@@ -229,27 +276,32 @@ def cross_entropy_backward(
     dloss_step, row_step, label_step, vocab, column_blocks, ignore_index,
     smoothing, z_loss, scale, softcap, inverse,
     SCALED: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr,
-    PRECISE: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """d(logits) of one row's BLOCK columns; dlogits is dense."""
+    """d(logits) of one row's BLOCK columns; dlogits is dense.
+
+    SHIFTED needs the rows of both to lie alike between multiples of 16 bytes.
+    """
     pid = tl.program_id(0)
     row = (pid // column_blocks).to(tl.int64)
     first = (pid % column_blocks) * BLOCK
-    columns = first + tl.arange(0, BLOCK)
-    inside = columns < vocab
+    row_ptr = logits_ptr + row * row_step
+    begin_ptr, shift = _begin(row_ptr, WIDE, SHIFTED)
+    out_ptr, _out_shift = _begin(dlogits_ptr + row * vocab, WIDE, SHIFTED)
+    at, columns, inside, asked = _groups(first, shift, vocab, BLOCK, WIDE, SHIFTED)
     label = tl.load(labels_ptr + row * label_step)
-    out_ptr = dlogits_ptr + row * vocab
     if label == ignore_index:
-        tl.store(out_ptr + columns, tl.zeros((BLOCK,), tl.float32), mask=inside)
+        zero = tl.zeros((BLOCK // WIDE, WIDE), tl.float32)
+        _store(out_ptr, at, zero, inside, first, shift, vocab, BLOCK, WIDE, SHIFTED)
     else:
-        row_ptr = logits_ptr + row * row_step
         x = tl.load(
-            row_ptr + columns, mask=inside, other=0.0, eviction_policy="evict_first"
+            begin_ptr + at, mask=asked, other=0.0, eviction_policy="evict_first"
         ).to(tl.float32)  # fmt: skip
         weight = tl.load(dloss_ptr + row * dloss_step).to(tl.float64) * tl.load(factor_ptr)
         lse = tl.load(lse_ptr + row)
         at_label = 0.0
-        if (label >= first) & (label < first + BLOCK) & (label < vocab):
+        here = label + shift
+        if (here >= first) & (here < first + BLOCK) & (label >= 0) & (label < vocab):
             z_label, _ = _transform(
                 tl.load(row_ptr + label).to(tl.float32), scale, softcap, inverse,
                 SCALED, CAPPED, PRECISE,
@@ -262,7 +314,7 @@ def cross_entropy_backward(
             x, columns, label, at_label, high, shared, spread, scale, softcap, inverse,
             SCALED, CAPPED, SMOOTH, PRECISE,
         )  # fmt: skip
-        tl.store(out_ptr + columns, d, mask=inside)
+        _store(out_ptr, at, d, inside, first, shift, vocab, BLOCK, WIDE, SHIFTED)
 
 
 @triton.jit
@@ -271,23 +323,24 @@ def loss_and_gradient_in_place(
     smoothing, z_loss, scale, softcap, inverse, unit,
     SCALED: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr,
     PRECISE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """The loss of one row; its logits are overwritten with ``unit`` times their gradient."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row * label_step)
     row_ptr = logits_ptr + row * row_step
-    at = tl.arange(0, BLOCK)
+    begin_ptr, shift = _begin(row_ptr, WIDE, SHIFTED)
     if label == ignore_index:
         tl.store(losses_ptr + row, 0.0)
         if GRADIENT:
-            for first in range(0, vocab, BLOCK):
-                columns = first + at
-                zero = tl.zeros((BLOCK,), tl.float32)
-                tl.store(row_ptr + columns, zero, mask=columns < vocab)
+            zero = tl.zeros((BLOCK // WIDE, WIDE), tl.float32)
+            for first in range(0, vocab + shift, BLOCK):
+                at, _columns, inside, _asked = _groups(first, shift, vocab, BLOCK, WIDE, SHIFTED)
+                _store(begin_ptr, at, zero, inside, first, shift, vocab, BLOCK, WIDE, SHIFTED)
     else:
         loss, lse, z_label = _row_loss(
             row_ptr, label, vocab, smoothing, z_loss, scale, softcap, inverse,
-            SCALED, CAPPED, SMOOTH, Z_LOSS, PRECISE, BLOCK, WIDE, GRADIENT,
+            SCALED, CAPPED, SMOOTH, Z_LOSS, PRECISE, BLOCK, WIDE, GRADIENT, SHIFTED,
         )  # fmt: skip
         tl.store(losses_ptr + row, loss)
         if GRADIENT:
@@ -298,17 +351,16 @@ def loss_and_gradient_in_place(
             high, shared, spread = _row_scalars(
                 lse, weight, smoothing, z_loss, vocab, SMOOTH, Z_LOSS
             )
-            for first in range(0, vocab, BLOCK):
-                columns = first + at
-                inside = columns < vocab
+            for first in range(0, vocab + shift, BLOCK):
+                at, columns, inside, asked = _groups(first, shift, vocab, BLOCK, WIDE, SHIFTED)
                 x = tl.load(
-                    row_ptr + columns, mask=inside, other=0.0, eviction_policy="evict_first"
+                    begin_ptr + at, mask=asked, other=0.0, eviction_policy="evict_first"
                 ).to(tl.float32)  # fmt: skip
                 d = _gradient(
                     x, columns, label, at_label, high, shared, spread, scale, softcap, inverse,
                     SCALED, CAPPED, SMOOTH, PRECISE,
                 )  # fmt: skip
-                tl.store(row_ptr + columns, d, mask=inside)
+                _store(begin_ptr, at, d, inside, first, shift, vocab, BLOCK, WIDE, SHIFTED)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from fusewright.kernels.cross_entropy_kernels import (
     loss_and_gradient_in_place,
     scale_to,
 )
+from fusewright.kernels.device import limits
 from fusewright.kernels.launch import on_device_of
 from fusewright.kernels.launcher import Launcher
 
@@ -50,6 +51,12 @@ def _row_block(vocab: int, itemsize: int, largest: int) -> tuple[int, int, int]:
     return block, wide, max(1, min(largest // 1024, block // (32 * wide)))
 
 
+def _shifted(logits: torch.Tensor, wide: int) -> bool:
+    """Whether rows begin between multiples of 16 bytes, or end there."""
+    vocab = logits.shape[1]
+    return logits.stride(0) % wide != 0 or vocab % wide != 0 or logits.data_ptr() % 16 != 0
+
+
 def launch_forward(
     logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, lse: torch.Tensor, form: Any
 ) -> None:
@@ -61,7 +68,7 @@ def launch_forward(
             (rows, 1),
             (logits, labels, losses, lse),
             (logits.stride(0), labels.stride(0), vocab, form.ignore_index, *_numbers(form)),
-            (*_constants(form, logits.dtype), block, wide),
+            (*_constants(form, logits.dtype), block, wide, _shifted(logits, wide)),
             warps,
         )
 
@@ -108,17 +115,36 @@ def launch_backward(
 ) -> None:
     """Write d(logits) into a dense tensor."""
     rows, vocab = logits.shape
-    block = min(4096 if logits.element_size() == 2 else 2048, 1 << (vocab - 1).bit_length())
-    column_blocks = -(-vocab // block)
+    wide = 16 // logits.element_size()
+    # Both must be shifted alike; otherwise elements are read and written one by one.
+    alike = (logits.stride(0) - vocab) % wide == 0 and (
+        logits.data_ptr() - dlogits.data_ptr()
+    ) % 16 == 0
+    shifted = alike and _shifted(logits, wide)
+    block = min(2048, max(wide, 1 << (vocab - 1).bit_length()))
+    column_blocks = -(-(vocab + (wide - 1 if shifted else 0)) // block)
+    warps = max(1, block // (1024 if wide == 8 else 512))
     with on_device_of(logits):
         _backward(
             (rows * column_blocks, 1),
             (dloss, logits, labels, lse, factor, dlogits),
             (dloss.stride(0) if dloss.dim() else 0, logits.stride(0), labels.stride(0), vocab,
              column_blocks, form.ignore_index, *_numbers(form)),
-            (*_constants(form, logits.dtype), block),
-            max(1, min(8, block // 512)),
+            (*_constants(form, logits.dtype), block, wide, shifted),
+            warps,
         )  # fmt: skip
+
+
+def in_place_block(vocab: int, wide: int, capped: bool, warp: int) -> tuple[int, int]:
+    """(BLOCK, warps): the longer the row, the fewer rows at once, so that they stay in the cache."""
+    if capped:  # tanh needs registers: a thread takes half as many numbers at a time
+        largest, most = 4096, 8
+    elif wide == 8 and vocab > 65536:
+        largest, most = 16384, 32
+    else:
+        largest, most = 8192, 8 if wide == 8 else 16
+    block = min(max(1 << (vocab - 1).bit_length(), 32 * wide), largest)
+    return block, max(1, min(most, 1024 // warp, block // (32 * wide)))
 
 
 def launch_in_place(
@@ -131,16 +157,15 @@ def launch_in_place(
 ) -> None:
     """Write the rows' losses (float64) and overwrite the logits with ``unit`` d(logits)."""
     rows, vocab = logits.shape
-    # tanh needs registers: with a softcap a thread takes half as many numbers at a time
-    largest = 4096 if form.softcap > 0 else 8192
-    block, wide, warps = _row_block(vocab, logits.element_size(), largest)
+    wide = 16 // logits.element_size()
+    block, warps = in_place_block(vocab, wide, form.softcap > 0, limits(logits.device).warp)
     with on_device_of(logits):
         _in_place(
             (rows, 1),
             (logits, labels, losses),
             (logits.stride(0), labels.stride(0), vocab, form.ignore_index, *_numbers(form), unit),
-            (*_constants(form, logits.dtype), gradient, block, wide),
-            min(16, max(warps, block // 512)),
+            (*_constants(form, logits.dtype), gradient, block, wide, _shifted(logits, wide)),
+            warps,
         )
 
 
