@@ -33,6 +33,13 @@ def eager(x, weight, bias, labels, reduction, form=PLAIN, denominator=None):
     return loss if denominator is None else loss / denominator
 
 
+def eager_in_chunks(x, weight, bias, labels, form, step):
+    """The mean, chunk by chunk: every GEMM has as many rows as ours."""
+    parts = [slice(at, at + step) for at in range(0, len(x), step)]
+    sums = [eager(x[p], weight, bias, labels[p], "sum", form) for p in parts]
+    return torch.stack(sums).sum() / (labels != IGNORE).sum()
+
+
 def problem(rows: int, hidden: int, vocab: int, dtype: torch.dtype, bias: bool = True):
     x = torch.randn(rows, hidden).to(dtype)
     weight = (torch.randn(vocab, hidden) * 0.3).to(dtype)
@@ -76,9 +83,16 @@ def test_a_wrong_sign_fails_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("form", FORMS)
 def test_error_is_not_above_eagers(backend: Backend, form, dtype, upstream, monkeypatch) -> None:
-    """Also when the upstream scalar is not a power of two, which a second rounding would show."""
+    """Also when the upstream scalar is not a power of two, which a second rounding would show.
+
+    In float32 most of dx's error is the summation inside its GEMM: with the last form 2.4e-7 on a
+    CPU, beside 0.5e-7 of our d(logits) and 1.1e-7 of eager's. A library orders that summation by
+    the number of rows, so float32 is compared with eager on the same chunks of rows. (Outside of
+    tests a chunk has all rows, or 2048 and more.)
+    """
     slow = backend.name == "interpreted"
-    monkeypatch.setattr(family, "chunk_rows", lambda *shape: 10 if slow else 40)
+    step = 10 if slow else 40
+    monkeypatch.setattr(family, "chunk_rows", lambda *shape: step)
     op = backend.ops.linear_cross_entropy
     draws = []
     for seed in range(3 if slow else 6):
@@ -91,6 +105,8 @@ def test_error_is_not_above_eagers(backend: Backend, form, dtype, upstream, monk
             leaves = [t.to(backend.device, cast).requires_grad_() for t in (x, weight, bias)]
             if f is op:
                 loss = op(*leaves, labels, None, IGNORE, "mean", *form)[0]
+            elif cast is torch.float32:
+                loss = eager_in_chunks(*leaves, labels, form, step)
             else:
                 loss = eager(*leaves, labels, "mean", form)
             grads = torch.autograd.grad(loss * upstream, leaves)
