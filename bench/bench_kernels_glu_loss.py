@@ -27,6 +27,7 @@ from roofline import (
     table,
 )
 
+from fusewright.kernels import linear_cross_entropy as head
 from fusewright.kernels.cross_entropy import LossForm
 from fusewright.kernels.cross_entropy_launch import launch_in_place
 from fusewright.kernels.head_gradients import matmul_wide
@@ -213,10 +214,10 @@ def gemm_floors(x: torch.Tensor, weight: torch.Tensor) -> tuple[float, float, fl
     )
 
 
-def bench_chunk(x: torch.Tensor, weight: torch.Tensor) -> None:
+def bench_chunk(x: torch.Tensor, weight: torch.Tensor, trained: bool) -> None:
     """The GEMMs of one chunk in the dtypes of their results, and the kernel between them."""
     (rows, hidden), vocab = x.shape, weight.shape[0]
-    step = chunk_rows(rows, vocab, 2)
+    step = min(rows, chunk_rows(rows, vocab, 2, trained))
     rows_x, part = x[:step], x.new_empty(step, vocab)
     wide = torch.zeros(vocab, hidden, dtype=torch.float32, device="cuda")
     losses = torch.empty(step, dtype=torch.float64, device="cuda")
@@ -241,8 +242,9 @@ def bench_linear(rows: int, hidden: int, vocab: int, trained: bool, peers: bool)
     labels = torch.randint(vocab, (rows,), device="cuda")
     floors = gemm_floors(x, weight)
     floor = sum(floors) if trained else floors[0] + floors[1]
-    if not trained:
-        bench_chunk(x, weight)
+    for part, ms in zip(("logits", "dx", "dW"), floors, strict=True):
+        record("GEMM " + part, (rows, hidden, vocab), "whole", ms)
+    bench_chunk(x, weight, trained)
     needs = (True, trained, False)
 
     def forward() -> Any:
@@ -258,6 +260,13 @@ def bench_linear(rows: int, hidden: int, vocab: int, trained: bool, peers: bool)
     name, shape = "head+loss " + ("trained" if trained else "frozen"), (rows, hidden, vocab)
     record(name, shape, "forward", ms, gemm=ms / floor, **{"peak MiB": peak})
     record(name, shape, "less dx dW", 0.0, **{"peak MiB": peak - held})
+    chosen = head.SCRATCH_BYTES
+    for factor in (0.5, 2.0):
+        head.SCRATCH_BYTES = int(factor * chosen)
+        rows_ = min(rows, chunk_rows(rows, vocab, 2, trained))
+        other = milliseconds(forward, repeats=3, warmup=1)
+        record(name, shape, f"in chunks of {rows_}", other, gemm=other / floor)
+    head.SCRATCH_BYTES = chosen
     record(name, shape, "backward", back)
     theirs: dict[str, float] = {}
     if peers and liger() is not None and not late():

@@ -18,7 +18,13 @@ from typing import Any
 
 import torch
 from norm_cases import EPS, NormCase, RopeCase
-from timing import copy_bandwidth, host_microseconds, milliseconds, table
+from roofline import (
+    copy_bandwidth,
+    fresh_bandwidth,
+    fresh_milliseconds,
+    host_microseconds,
+    table,
+)
 
 from fusewright.runtime.op import register_all
 
@@ -106,16 +112,16 @@ def errors() -> list[dict[str, Any]]:
     return rows
 
 
-def roofline(quick: bool, copy: float, deadline: float) -> list[dict[str, Any]]:
+def shares(quick: bool, copy: float, deadline: float) -> list[dict[str, Any]]:
     """Bytes over copy bandwidth, of a large copy and of one that moves the same bytes."""
     rows, own = [], {}
     for case in cases(quick):
         if time.monotonic() > deadline:
             print("out of time: the remaining shapes were not measured")
             break
-        ms = milliseconds(case.ours, case.bytes)
+        ms = fresh_milliseconds(case.ours, case.bytes)
         size = case.bytes // 2**22 * 2**22
-        own[size] = own.get(size) or copy_bandwidth(size)
+        own[size] = own.get(size) or fresh_bandwidth(size)
         rate = case.bytes / ms
         rows.append(
             {
@@ -156,7 +162,7 @@ def _peer(case: Case, function: Callable[..., Any] | None) -> float | str | None
     if function is None:
         return None
     try:
-        return milliseconds(lambda: case.peer(function), case.bytes, 5) * 1e3
+        return fresh_milliseconds(lambda: case.peer(function), case.bytes, 5) * 1e3
     except (
         RuntimeError,
         TypeError,
@@ -229,7 +235,7 @@ def main() -> None:
     warm(options.quick)
     print(f"compiled in {time.monotonic() - begin:.0f} s")
     register_all()
-    copy = copy_bandwidth(2**32)
+    copy = copy_bandwidth()
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -239,7 +245,7 @@ def main() -> None:
         ("errors", errors),
         ("host_us", host),
         ("peers_us", lambda: peers(begin + 0.45 * options.budget)),
-        ("roofline", lambda: roofline(options.quick, copy, begin + options.budget)),
+        ("roofline", lambda: shares(options.quick, copy, begin + options.budget)),
     ]
     for name, step in steps:
         found[name] = step()

@@ -1,43 +1,112 @@
-"""Time on a GPU against what its memory can do: medians by events, copy bandwidth, peak memory."""
+"""Time on a GPU against what its memory can do: medians, copy bandwidth, host time, peak memory.
+
+Two ways to time a call. ``milliseconds`` runs it again and again on the same inputs, which must be
+larger than the L2 cache. ``fresh_milliseconds`` rotates through several sets of inputs in a CUDA
+graph, for calls that move little. Neither counts the host's work.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+FRESH_BYTES = 400 * 2**20  # several times the L2 cache of any GPU
+_SPIN_PER_SECOND = 2.2e9  # at least a GPU's clock
+_LONGEST_SPIN = 0.1
+
 Run = Callable[[], Any]
+Make = Callable[[], Run]
 
 
 def milliseconds(run: Run, repeats: int = 21, warmup: int = 3) -> float:
-    """Median time of one call on the GPU; the calls are queued without waiting in between."""
-    for _ in range(warmup):
-        run()
+    """Median time of one call on the GPU.
+
+    The calls are queued behind a spinning kernel, so that the GPU never waits for the host: without
+    it a call that the host takes longer to issue than the GPU to run measures the host.
+    """
+    run()
     torch.cuda.synchronize()
-    pairs = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begun = time.perf_counter()
+    for _ in range(max(1, warmup)):
+        run()
+    issue = (time.perf_counter() - begun) / max(1, warmup)
+    torch.cuda.synchronize()
+    spin = min(_LONGEST_SPIN, 1e-3 + 1.5 * repeats * issue)
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    torch.cuda._sleep(int(spin * _SPIN_PER_SECOND))
+    for begin, end in pairs:
         begin.record()
         run()
         end.record()
-        pairs.append((begin, end))
     torch.cuda.synchronize()
     return statistics.median(b.elapsed_time(e) for b, e in pairs)
 
 
-def copy_bandwidth(mebibytes: int = 1024) -> float:
+def sets_for(bytes_moved: int) -> int:
+    """How many sets of inputs ``fresh_milliseconds`` rotates through."""
+    return max(2, min(40, math.ceil(FRESH_BYTES / bytes_moved)))
+
+
+def fresh_milliseconds(make: Make, bytes_moved: int, replays: int = 7) -> float:
+    """Median time of one call; ``make`` makes inputs and returns the call on them.
+
+    Every call has inputs of its own and its results are kept: nothing is found in the L2 cache.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls = [make() for _ in range(sets_for(bytes_moved))]
+        calls[0]()
+        calls[0]()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        kept = []
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                kept.append(call())
+        times = []
+        for replay in range(replays + 2):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record(stream)
+            graph.replay()
+            end.record(stream)
+            end.synchronize()
+            if replay >= 2:
+                times.append(begin.elapsed_time(end) / len(calls))
+    del kept, graph, calls
+    return statistics.median(times)
+
+
+def copy_bandwidth(bytes_moved: int = 2**31) -> float:
     """Bytes a millisecond of a device-to-device copy, read and write counted."""
-    source = torch.empty(mebibytes * 2**20, dtype=torch.uint8, device="cuda").random_()
+    source = torch.empty(bytes_moved // 2, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     return 2 * source.numel() / milliseconds(lambda: target.copy_(source))
 
 
+def fresh_bandwidth(bytes_moved: int) -> float:
+    """Bytes a millisecond of a kernel that reads and writes so many in all, as timed by a graph.
+
+    It negates, because a copy would become a node of the graph that no kernel runs: on an H200 that
+    reaches 2.7 TB/s where a copy outside of a graph reaches 4.2.
+    """
+
+    def make() -> Run:
+        source = torch.empty(bytes_moved // 4, dtype=torch.bfloat16, device="cuda").normal_()
+        target = torch.empty_like(source)
+        return lambda: torch.neg(source, out=target)
+
+    return bytes_moved / fresh_milliseconds(make, bytes_moved)
+
+
 def host_microseconds(run: Run, calls: int = 300) -> float:
     """What the host spends to issue one call, the GPU never being waited for; best of five."""
-    best = float("inf")
+    best = math.inf
     for _ in range(5):
         run()
         torch.cuda.synchronize()
@@ -67,7 +136,7 @@ def root_mean_square(actual: torch.Tensor, oracle: torch.Tensor) -> float:
     return float((actual.double() - oracle.double()).square().mean().sqrt() / size)
 
 
-def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
     """The rows as aligned text; a missing value is a dash."""
     cells = [list(columns)]
     for row in rows:

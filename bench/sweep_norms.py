@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from norm_cases import NormCase, RopeCase
-from timing import copy_bandwidth, milliseconds, sets_for, table
+from roofline import copy_bandwidth, fresh_milliseconds, sets_for, table
 from triton.runtime.errors import TritonError
 
 from fusewright.kernels import device, norm_launch, rope_kernels
@@ -96,7 +96,7 @@ def measure(case: NormCase, tile: Tile | None, prepared: Prepared) -> dict[str, 
     try:
         for a, b in zip(_flat(prepared.small()), prepared.expected, strict=True):
             torch.testing.assert_close(a, b, rtol=3e-2, atol=3e-2)
-        ms = milliseconds(lambda: next(prepared.calls), case.bytes, 4)
+        ms = fresh_milliseconds(lambda: next(prepared.calls), case.bytes, 4)
     except _FAILURES as failure:
         print("failed", case.name, case.width, tile, str(failure)[:120])
         torch.cuda.synchronize()
@@ -117,7 +117,7 @@ def sweep_rope(copy: float) -> list[dict[str, Any]]:
         for steps, warps in itertools.product((1, 2, 4), (1, 2, 4, 8)):
             cut = rope_kernels.Tile(heads[0] // steps, max(1, heads[1] // steps), steps, warps)
             rope_kernels.tile = lambda *_, cut=cut: cut
-            ms = milliseconds(case.ours, case.bytes, 4)
+            ms = fresh_milliseconds(case.ours, case.bytes, 4)
             found.append((ms, ",".join(map(str, cut))))
         rope_kernels.tile = chosen
         mine = chosen(*heads, device.limits(torch.device("cuda")))
@@ -149,7 +149,7 @@ def main() -> None:
     with ProcessPoolExecutor(workers) as pool:
         list(pool.map(_compile, [jobs[i::workers] for i in range(workers)]))
     print(f"{len(jobs)} variants compiled in {time.monotonic() - begin:.0f} s", flush=True)
-    copy = copy_bandwidth(2**32)
+    copy = copy_bandwidth()
     best: list[dict[str, Any]] = sweep_rope(copy) if options.only in "rope" else []
     everything = list(best)
     for case in cases:

@@ -60,7 +60,7 @@ from fusewright.kernels.spec import OpSpec
 
 _MIN_ROWS = 2048
 _TILE = 128
-_SCRATCH_BYTES = 512 * 2**20  # of logits; twice that where the weight's gradient is summed
+SCRATCH_BYTES = 512 * 2**20  # of logits; twice that where the weight's gradient is summed
 
 _Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -70,7 +70,7 @@ def chunk_rows(rows: int, vocab: int, itemsize: int, summed: bool = False) -> in
 
     With ``summed``, when all chunks add to the weight's gradient, about 1 GiB or less.
     """
-    fits = max(_MIN_ROWS, (1 + summed) * _SCRATCH_BYTES // max(vocab * itemsize, 1))
+    fits = max(_MIN_ROWS, (1 + summed) * SCRATCH_BYTES // max(vocab * itemsize, 1))
     if rows <= fits:
         return max(rows, 1)
     # The fewest chunks, of equal size up to a GEMM tile; rounding up never reaches below 2048.
