@@ -60,7 +60,7 @@ class Pair:
         for seed in SEEDS:
             self.reseed(seed)
             # At 2 x 16 tokens one clamp or one softmax that turns over moves the ratio by 20 %.
-            batch = models.batch(seed, rows=4, length=32)
+            batch = models.batch(seed, rows=8, length=32)
             yield (
                 training.train_step(self.ours, batch, seed=seed, around=around),
                 training.train_step(self.eager, batch, seed=seed, around=around),
@@ -157,6 +157,21 @@ def test_lora_dropout_with_checkpointing(name: str, lora: Pair, reentrant: bool)
     finally:
         for model in (lora.ours, lora.eager):
             model.gradient_checkpointing_disable()
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["nonreentrant", "reentrant"])
+@pytest.mark.parametrize("which", _groups(("llama", "gemma3_text")))
+def test_checkpointing_from_the_first_step(which: str, reentrant: bool) -> None:
+    """What compiling does on the way must not be taken for what the checkpointed forward saved."""
+
+    def build(seed: int) -> Any:
+        adapted = models.with_lora(models.build(which, seed=seed), dropout=0.05)
+        return _checkpointed(adapted, reentrant)
+
+    pair = Pair.make(build)
+    pair.assert_same(models.batch(), which)
+    pair.assert_same(models.batch(1), f"{which}, second step")
+    assert fusewright.report(pair.ours).counts.items() >= models.expected_counts(which).items()
 
 
 def test_bfloat16(name: str) -> None:
