@@ -146,6 +146,7 @@ def _lower(
     try:
         return lower.lower(gm, example_inputs, record.lowering, device)
     except Exception as error:
+        # Inductor's failures are of every kind, and plain FX runs whatever was captured.
         if session.options.strict:
             raise
         session.note(

@@ -103,8 +103,10 @@ def applied(spec: OpSpec, forward: Call, backward: Call, args: Arguments) -> Cal
     if issubclass(rule, _Plain):
         transforms = torch._C._are_functorch_transforms_active
         alone = super(torch.autograd.Function, rule).apply  # what is left where there are none
-        return lambda *values: rule.apply(*values) if transforms() else alone(*values)
-    return lambda *values: rule.apply(*((lf := flatten(values))[0], *lf[1]))
+        whole: Call = rule.apply
+        return lambda *values: whole(*values) if transforms() else alone(*values)
+    apply: Call = rule.apply
+    return lambda *values: apply(*((lf := flatten(values))[0], *lf[1]))
 
 
 class _Plain(torch.autograd.Function):
