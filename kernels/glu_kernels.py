@@ -277,6 +277,8 @@ def _backward(
 def launch_activation_forward(x: torch.Tensor, y: torch.Tensor, activation: str) -> None:
     """Write act(x) into ``y`` (any even row stride)."""
     (x, x_row), y_row = rows_of(x), row_stride(y)
+    if y_row is None:
+        raise ValueError(f"y: expected rows at an even distance, got strides {y.stride()}")
     width = x.shape[-1]
     rows, columns = _shape(width, x.numel(), x_row == y_row == width)
     block = _block(columns, 2048 if x.element_size() == 2 else 1024)

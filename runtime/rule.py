@@ -102,7 +102,8 @@ def applied(spec: OpSpec, forward: Call, backward: Call, args: Arguments) -> Cal
     rule = rule_of(spec, forward, backward, args)
     if issubclass(rule, _Plain):
         transforms = torch._C._are_functorch_transforms_active
-        alone = super(torch.autograd.Function, rule).apply  # what is left where there are none
+        parent: Any = super(torch.autograd.Function, rule)
+        alone = parent.apply  # what is left of apply where there are no transforms
         whole: Call = rule.apply
         return lambda *values: whole(*values) if transforms() else alone(*values)
     apply: Call = rule.apply
