@@ -21,7 +21,7 @@ from fusewright.kernels.cross_entropy_kernels import (
     loss_and_gradient_in_place,
 )
 from fusewright.kernels.glu_kernels import glu_backward, glu_forward
-from fusewright.kernels.nf4 import dequantize_blocks
+from fusewright.kernels.nf4_kernels import dequantize_blocks
 
 BF16 = torch.bfloat16
 GLU = {

@@ -82,7 +82,7 @@ def test_into_a_wider_buffer(backend: Backend) -> None:
 
 def compiled_cases() -> list[Case]:
     """Both kernels, nested, into bfloat16."""
-    module = "fusewright.kernels.nf4:"
+    module = "fusewright.kernels.nf4_kernels:"
     types = {"packed_ptr": "*u8:16", "absmax_ptr": "*u8:16", "out_ptr": "*bf16:16"}
     for name in ("code_ptr", "offset_ptr", "nested_absmax_ptr", "nested_code_ptr"):
         types[name] = "*fp32:16"
