@@ -132,6 +132,7 @@ def _plain_rule(
             if type(out) is tuple:
                 pool = values + out
                 ctx.mark_non_differentiable(*out[outputs:])
+                ctx._materialize_non_diff_grads = False  # no zeros for the statistics
             else:
                 pool = (*values, out)
             ctx.save_for_backward(*tensors(pool))
@@ -208,6 +209,7 @@ def _general_rule(spec: OpSpec, forward: Call, backward: Call, args: Arguments) 
             ctx.constants = [None if isinstance(v, torch.Tensor) else v for v in kept]
             ctx.needs, ctx.layout = needs, layout
             ctx.mark_non_differentiable(*outputs[spec.outputs :])
+            ctx._materialize_non_diff_grads = False  # no zeros for the statistics
             return out
 
         @staticmethod

@@ -51,6 +51,15 @@ def test_gradients_of_some_inputs_and_statistics_without() -> None:
     torch.testing.assert_close(dweight, (x * rstd[..., None]).sum(0))
 
 
+def test_no_zeros_are_made_for_statistics() -> None:
+    logits = torch.randn(3, 8, requires_grad=True)
+    loss = OPS.cross_entropy(logits, torch.tensor([0, 1, 2]), *PLAIN)[0]
+    one = torch.ones(())
+    with _Seen() as seen:
+        torch.autograd.grad(loss, logits, one)
+    assert not [n for n in seen.names if "zeros" in n and "like" not in n], seen.names
+
+
 def test_lists_are_laid_flat_and_back() -> None:
     a, b = torch.zeros(1), torch.ones(1)
     layout, flat = rule.flatten((a, [a, b], 3, [], [1.0, 2.0]))
