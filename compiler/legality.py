@@ -1,4 +1,4 @@
-"""Whether a proven candidate may be replaced: uses outside, order, convexity, mutation.
+"""Whether a proven candidate may be replaced: uses outside, order, convexity, mutation, gradients.
 
 networkx would answer convexity on the whole graph; a region is small and its frontier smaller, so
 the walks here stay on fx nodes and between the region's own positions.
@@ -6,8 +6,10 @@ the walks here stay on fx nodes and between the region's own positions.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 
+import torch
 from torch import fx
 
 from fusewright.compiler import ir
@@ -38,6 +40,7 @@ def check(candidate: Candidate, graph: fx.Graph, deferrable: frozenset[fx.Node])
     if after >= position[first_user]:
         raise Illegal("an input is made only after a result is used")
     _mutation(candidate, position, position[first_user])
+    _gradients(candidate, graph, first_user)
     return first_user
 
 
@@ -78,6 +81,12 @@ def _cheap(node: fx.Node) -> bool:
 def storage_root(node: fx.Node) -> fx.Node:
     """The node whose storage ``node`` views, following the schemas' alias annotations."""
     while ir.is_call(node):
+        if ir.is_call(node, operator.getitem) and ir.is_call(node.args[0]):
+            # A piece of a split is a view of the whole; pieces of other calls are on their own.
+            if getattr(node.args[0].target, "is_view", False):  # type: ignore[union-attr]
+                node = node.args[0].args[0]  # type: ignore[union-attr, assignment]
+                continue
+            return node
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.returns or schema.returns[0].alias_info is None:
             return node
@@ -115,5 +124,53 @@ def _mutation(candidate: Candidate, position: dict[fx.Node, int], insertion: int
         where = ir.source_line(node) or node.name
         if node in candidate.nodes or (root in inner and root in candidate.nodes):
             raise Illegal(f"the region's own value is changed in place at {where}")
-        if root in read and first <= position[node] < insertion:
-            raise Illegal(f"an input is changed in place at {where}, between its uses")
+        if root in read and position[node] >= first:
+            # Later than that it matters too: the kernel may save what eager's backward does not.
+            when = "between its uses" if position[node] < insertion else "after its use"
+            raise Illegal(f"an input is changed in place at {where}, {when}")
+
+
+def _gradients(candidate: Candidate, graph: fx.Graph, first_user: fx.Node) -> None:
+    """The region lies under one gradient mode, and what the kernel holds constant is constant."""
+    enabled = gradient_modes(graph)
+    if len({enabled[n] for n in (*candidate.nodes, first_user)}) > 1:
+        raise Illegal("gradients are switched off or on inside of it")
+    constants = [(r, candidate.inputs[r]) for r in candidate.constant]
+    differentiated = needs_gradient(graph) if any(n is not None for _, n in constants) else set()
+    for role, node in constants:
+        if node in differentiated:
+            raise Illegal(f"{role} needs a gradient, and the kernel gives none")
+
+
+def gradient_modes(graph: fx.Graph) -> dict[fx.Node, bool]:
+    """Whether gradients are recorded where each node stands."""
+    enabled, modes = True, {}
+    for node in graph.nodes:
+        if ir.is_call(node, torch._C._set_grad_enabled):
+            enabled = bool(node.args[0])
+        modes[node] = enabled
+    return modes
+
+
+def needs_gradient(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes through which some input of the graph gets a gradient.
+
+    The nodes' own fake tensors do not say so: they were recorded detached.
+    """
+    modes = gradient_modes(graph)
+    found = {n for n in graph.find_nodes(op="placeholder") if n.meta.get("requires_grad")}
+    written = mutations(graph)
+    while True:
+        before = len(found)
+        for node in ir.calls(graph):
+            detached = node.target is torch.ops.aten.detach.default or not modes[node]
+            reads_only = (torch.ops.aten.to.other, torch.ops.aten.type_as.default)
+            sources = (
+                node.all_input_nodes[:1] if node.target in reads_only else node.all_input_nodes
+            )
+            if not detached and any(n in found for n in sources):
+                if not ir.is_tensor(node) or ir.is_floating(node) or ir.value(node).is_complex():
+                    found.add(node)
+        found |= {root for call, root in written if call in found}
+        if len(found) == before:
+            return found

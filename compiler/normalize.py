@@ -26,15 +26,33 @@ from fusewright.compiler.legality import mutations, storage_root
 
 aten = torch.ops.aten
 
+_ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+_EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+
 
 class NotNormalizable(Exception):
     """The graph has something that the canonical form cannot express; the message says what."""
 
 
 class _Retrace(fx.Interpreter):
-    """Runs the Dynamo graph under make_fx, emitting higher-order operators as single nodes."""
+    """Runs the Dynamo graph under make_fx, emitting higher-order operators as single nodes.
+
+    Autocast that the user's code switches is switched for the retrace too, so that the recorded
+    dtypes are the true ones; make_fx alone would note the switch and not follow it.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.entered: list[torch.autocast] = []
+        self.autocast_device: str | None = None
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is _ENTER_AUTOCAST:
+            self.autocast_device = str(args[0])
+            self.entered.append(torch.autocast(*args))
+            return self.entered[-1].__enter__()
+        if target is _EXIT_AUTOCAST:
+            return self.entered.pop().__exit__(None, None, None)
         whole = isinstance(target, HigherOrderOperator) or type(target).__name__ == (
             "AutogradFunctionApply"
         )
@@ -69,6 +87,9 @@ def _emit_whole(target: Any, args: Any, kwargs: Any) -> Any:
 def normalize(gm: fx.GraphModule) -> fx.GraphModule:
     """The canonical graph of a Dynamo graph, with the same placeholders and outputs.
 
+    Where the graph switches autocast itself, the switches are gone and ``meta["autocast"]`` names
+    their device: the casts are then still to be made explicit.
+
     Raises:
         NotNormalizable: the graph has no fake tensors, or holds what the form cannot express.
     """
@@ -81,8 +102,20 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
     if mode is None:
         raise NotNormalizable("the region reads no tensor")
     # Dynamo's own tracing context must stay as it is: its guards are built from it afterwards.
-    with torch._guards.tracing(None), preserve_node_meta(), mode:
-        canonical = make_fx(_Retrace(gm).run, pre_dispatch=True, tracing_mode="real")(*examples)
+    retrace = _Retrace(gm)
+    try:
+        with torch._guards.tracing(None), preserve_node_meta(), mode:
+            canonical = make_fx(retrace.run, pre_dispatch=True, tracing_mode="real")(*examples)
+    finally:
+        for left in reversed(retrace.entered):
+            left.__exit__(None, None, None)
+    canonical.meta["autocast"] = retrace.autocast_device
+    for node in reversed(canonical.graph.nodes):
+        if node.target in (_ENTER_AUTOCAST, _EXIT_AUTOCAST):
+            canonical.graph.erase_node(node)
+    # The fake tensors that make_fx records are detached and no longer say it.
+    for node, example in zip(canonical.graph.find_nodes(op="placeholder"), examples, strict=True):
+        node.meta["requires_grad"] = bool(getattr(example, "requires_grad", False))
     simplify(canonical.graph)
     canonical.graph.eliminate_dead_code(is_impure_node=_impure)
     canonical.recompile()

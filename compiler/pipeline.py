@@ -66,7 +66,7 @@ def _compile(
         return _compile_checkpointed(gm, bodies, example_inputs, session, record, writer)
     with _timed(record, "normalize"):
         canonical = normalize(gm)
-        device = autocast.active_device()
+        device = autocast.active_device() or canonical.meta["autocast"]
         if device is not None:
             autocast.make_explicit(canonical.graph, device)
             simplify(canonical.graph)
@@ -117,6 +117,8 @@ def _compile_checkpointed(
         with _timed(record, "normalize"):
             captured: Any = gm.get_submodule(name)
             body = normalize(captured)
+            if body.meta["autocast"] is not None:
+                raise NotNormalizable("autocast is switched inside of a checkpoint")
         with _timed(record, "match"):
             match_and_rewrite(body, session, record)
         writer.graph(f"02_rewrite_{name}", body)

@@ -46,7 +46,7 @@ class Candidate:
         cast: the casting mode, for the report.
         scaled: roles that are drawn at several scales (activations); others at scale 1.
         draw: role -> how to draw it, where a normal draw is no valid input.
-        constant: roles that the kernel gives no gradient (tables); the region's must not need one.
+        constant: roles that the kernel gives no gradient (tables); the graph's must not need one.
         share: how many instances of the family one candidate holds (q and k together: 2).
     """
 
@@ -84,10 +84,6 @@ class Disproved(Exception):
 
 def prove(candidate: Candidate) -> Proof:
     """Accept the candidate, or raise Disproved with the reason."""
-    for role in candidate.constant:
-        node = candidate.inputs[role]
-        if node is not None and ir.value(node).requires_grad:
-            raise Disproved(f"{role} needs a gradient, and the kernel gives none")
     failures = (RuntimeError, TypeError, ValueError, IndexError, KeyError)
     hints = _hints(candidate)
     try:
@@ -177,13 +173,14 @@ def _draw(
 ) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(7)
     drawn: dict[str, Any] = {}
+    known: dict[fx.Node | None, Any] = {None: None}
     for role, node in candidate.inputs.items():
-        if node is None:
-            drawn[role] = None
+        if node in known:  # absent, or one value in two roles
+            drawn[role] = known[node]
             continue
         val = ir.value(node)
         if not isinstance(val, torch.Tensor):
-            drawn[role] = _concrete(val, sizes)
+            drawn[role] = known[node] = _concrete(val, sizes)
             continue
         extent = tuple(_concrete(s, sizes) for s in val.shape)
         if role in candidate.draw:
@@ -196,7 +193,7 @@ def _draw(
         if t.is_floating_point():
             t = round_through(t, val.dtype) if rounding else t
             t = t.detach().requires_grad_(role not in candidate.constant)
-        drawn[role] = t
+        drawn[role] = known[node] = t
     return drawn
 
 

@@ -102,7 +102,7 @@ def _losses(anchor: fx.Node) -> Iterator[_Loss]:
     if loss.reduction == "sum" and len(users) == 1 and ir.is_call(users[0], aten.div.Tensor):
         divisor = ir.argument(users[0], 1)
         scalar = ir.is_tensor(divisor) and len(ir.shape(divisor)) == 0
-        if users[0].args[0] is anchor and scalar and not ir.value(divisor).requires_grad:
+        if users[0].args[0] is anchor and scalar:
             yield replace(loss, denominator=divisor, out=users[0], nodes=loss.nodes | {users[0]})
     yield loss
 
@@ -221,6 +221,7 @@ def _fused(loss: _Loss, linear: fx.Node) -> Candidate:
         params=_params(loss),
         cast="output",
         draw={"labels": _labels(loss, classes), "denominator": _count},
+        constant=("denominator",),
         kernel="linear_cross_entropy",
     )
 

@@ -38,6 +38,7 @@ _NONLINEAR = {
     aten.sigmoid.default: ("sigmoid", "silu"),
     aten.tanh.default: ("tanh", "gelu_tanh"),
     aten.erf.default: ("gelu",),
+    aten.clamp.default: ("relu", "relu2"),
     aten.clamp_min.default: ("relu", "relu2"),
 }
 _LINEAR_STEPS = (
@@ -86,7 +87,7 @@ def _gates(product: fx.Node, side: fx.Node) -> list[tuple[fx.Node, frozenset[fx.
         node = stack.pop()
         if node in inside:
             continue
-        if ir.is_call(node) and node.target in _NONLINEAR:
+        if _activates(node):
             inside.add(node)
             activation = activation or node
             continue
@@ -99,13 +100,23 @@ def _gates(product: fx.Node, side: fx.Node) -> list[tuple[fx.Node, frozenset[fx.
         return []
     gate = ir.strip_casts(activation.all_input_nodes[0])
     names = _NONLINEAR[activation.target]  # type: ignore[index]
-    for root in dict.fromkeys((_spelled_root(activation), gate)):
+    for root in dict.fromkeys((_spelled_root(activation), gate, activation.all_input_nodes[0])):
         if root is None or ir.shape(root) != ir.shape(product):
             continue
         nodes = _closure(side, root)
         if nodes is not None and ir.strip_casts(other) is not root:
             found.append((root, nodes, names))
     return found
+
+
+def _activates(node: fx.Node) -> bool:
+    """Whether the node is a nonlinearity that some activation starts with.
+
+    A clamp is one at zero only: the proof's draws could miss where another one sets in.
+    """
+    if ir.is_call(node, aten.clamp.default, aten.clamp_min.default):
+        return ir.argument(node, 1) == 0 and ir.argument(node, 2) is None
+    return ir.is_call(node) and node.target in _NONLINEAR
 
 
 def _spelled_root(activation: fx.Node) -> fx.Node | None:
@@ -127,7 +138,7 @@ def _closure(side: fx.Node, gate: fx.Node) -> frozenset[fx.Node] | None:
         node = stack.pop()
         if node is gate or node in inside:
             continue
-        steps = ir.is_call(node, *_LINEAR_STEPS, *_NONLINEAR) or ir.is_cast(node)
+        steps = ir.is_call(node, *_LINEAR_STEPS) or _activates(node) or ir.is_cast(node)
         if not steps or len(inside) > 24:
             return None
         inside.add(node)
@@ -144,9 +155,11 @@ def _claims(
     names: tuple[str, ...],
 ) -> Iterator[Candidate]:
     casts: set[fx.Node] = set()
-    while ir.widens(up):
+    while ir.widens(up) and ir.dtype(up) != ir.dtype(gate):
         casts.add(up)
         up = up.args[0]  # type: ignore[assignment]
+    if ir.dtype(up) != ir.dtype(gate):  # the kernel takes one dtype; a wider root may follow
+        return
     nodes = inside | casts | {product, out}
     packed = _packed(gate, up)
     for name in names:

@@ -111,7 +111,8 @@ def climb(anchor: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, float]:
                 raise Refused("what is added under the root is not a literal")
             eps += float(added[0])  # type: ignore[arg-type]
         node = next(a for a in node.args[:2] if isinstance(a, fx.Node))  # type: ignore[union-attr]
-    if not ir.is_call(node, aten.mean.dim):
+    node = _mean_as_sum(node, inside)
+    if not ir.is_call(node, aten.mean.dim, aten.sum.dim_IntList):
         name = getattr(node, "target", node)
         raise Refused(f"the root is not taken of a mean over the row but of {name}")
     inside.add(node)  # type: ignore[arg-type]
@@ -119,6 +120,21 @@ def climb(anchor: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, float]:
     if not ir.last_dim_only(source, node.args[1]):  # type: ignore[union-attr, arg-type]
         raise Refused("the mean is not over the last dimension alone")
     return node, eps  # type: ignore[return-value]
+
+
+def _mean_as_sum(node: Any, inside: set[fx.Node]) -> Any:
+    """The reduction below a dropped dimension put back, and below a division by the width."""
+    below, passed = node, []
+    while ir.is_call(below, aten.unsqueeze.default, aten.div.Tensor, aten.mul.Tensor):
+        if isinstance(below.args[1], fx.Node):
+            return node
+        passed.append(below)
+        below = below.args[0]
+    divided = any(not ir.is_call(n, aten.unsqueeze.default) for n in passed)
+    if ir.is_call(below, aten.sum.dim_IntList if divided else aten.mean.dim):
+        inside.update(passed)
+        return below
+    return node
 
 
 def _row(reduction: fx.Node, inside: set[fx.Node]) -> fx.Node:
@@ -156,7 +172,7 @@ def _descend(anchor: fx.Node, site: _Site) -> None:
         )
         if step is None:
             return
-        if not ir.is_cast(step) and not ir.is_call(step, aten.reciprocal.default):
+        if not _passes(step):
             operand = ir.other_operand(step, current)
             if ir.strip_casts(operand) is site.x:
                 strip_widening(operand, site.inside)
@@ -172,7 +188,7 @@ def _descend(anchor: fx.Node, site: _Site) -> None:
 
 
 def _continues(user: fx.Node, current: fx.Node, site: _Site) -> bool:
-    if ir.is_cast(user) or ir.is_call(user, aten.reciprocal.default):
+    if _passes(user):
         return True
     if not ir.is_call(user, *_STEPS):
         return False
@@ -182,6 +198,13 @@ def _continues(user: fx.Node, current: fx.Node, site: _Site) -> bool:
     if user.target is aten.div.Tensor and user.args[1] is not current:
         return False
     return ir.strip_casts(operand) is site.x or ir.last(operand) == ir.last(site.x)
+
+
+def _passes(step: fx.Node) -> bool:
+    """Whether the value goes through a step alone: casts, and ``1 / root`` as torch traces it."""
+    if ir.is_cast(step) or ir.is_call(step, aten.reciprocal.default):
+        return True
+    return ir.is_call(step, aten.mul.Tensor) and step.args[1] == 1
 
 
 def gain_of(operand: fx.Node, x: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, float] | None:
