@@ -63,6 +63,15 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def blocks(width: int) -> tuple[int, int]:
+    """The powers of two that a row is read in: one, and where that wastes much another after it."""
+    block = _power_of_two(width)
+    tail = max(256, _power_of_two(width - block // 2))
+    if width <= 1024 or tail >= block // 2:
+        return block, 0
+    return block // 2, tail
+
+
 def _warps(numbers: int, per_thread: int, limits: Limits) -> int:
     """Warps that give each thread some numbers of a tile; four at least, 1024 threads at most."""
     threads = max(128, min(1024, numbers // per_thread))
@@ -105,8 +114,10 @@ def sums_fit(width: int, itemsize: int, sums: int) -> bool:
 
 def _constants(tile: Tile, width: int) -> tuple[int | bool, ...]:
     """The constants of a tile, in the kernels' order."""
-    block = _power_of_two(width)
-    return tile.rows, block, block == width, tile.per_sm > 0, tile.stages, tile.hoist
+    block, tail = blocks(width)
+    whole = block + tail == width
+    cut = (tile.rows, block, tail, whole or tail > 0, whole)
+    return *cut, tile.per_sm > 0, tile.stages, tile.hoist and not tail
 
 
 def _programs(tiles: int, per_sm: int, limits: Limits) -> int:
@@ -308,7 +319,13 @@ def _row_gradients(job: _Job, dx: Maybe, sums: int, of_weight: bool) -> Maybe:
         (programs, 1),
         tensors,
         (rows, width, job.walk.inner, *strides[2:], *strides[:2]),
-        (job.offset, job.mean is not None, job.round_input, *_constants(tile, width), tile.reload),
+        (
+            job.offset,
+            job.mean is not None,
+            job.round_input,
+            *_constants(tile, width),
+            tile.reload and not blocks(width)[1],
+        ),
         tile.warps,
     )
     return partial
