@@ -160,17 +160,18 @@ def needs_gradient(graph: fx.Graph) -> set[fx.Node]:
     modes = gradient_modes(graph)
     found = {n for n in graph.find_nodes(op="placeholder") if n.meta.get("requires_grad")}
     written = mutations(graph)
+    first_alone = (torch.ops.aten.to.other, torch.ops.aten.type_as.default)
     while True:
         before = len(found)
         for node in ir.calls(graph):
-            detached = node.target is torch.ops.aten.detach.default or not modes[node]
-            reads_only = (torch.ops.aten.to.other, torch.ops.aten.type_as.default)
-            sources = (
-                node.all_input_nodes[:1] if node.target in reads_only else node.all_input_nodes
-            )
-            if not detached and any(n in found for n in sources):
-                if not ir.is_tensor(node) or ir.is_floating(node) or ir.value(node).is_complex():
-                    found.add(node)
+            if not modes[node] or node.target is torch.ops.aten.detach.default:
+                continue
+            read = node.all_input_nodes
+            read = read[:1] if node.target in first_alone else read
+            # A call that yields several values counts as differentiable; its pieces tell.
+            differentiable = not ir.is_tensor(node) or ir.is_floating(node)
+            if any(n in found for n in read) and (differentiable or ir.value(node).is_complex()):
+                found.add(node)
         found |= {root for call, root in written if call in found}
         if len(found) == before:
             return found
