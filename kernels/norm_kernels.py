@@ -32,7 +32,10 @@ def _offset(row, inner, outer_stride, inner_stride):
 def _mean(t, tail, width, TAIL: tl.constexpr):
     """The mean of each row as a column, correctly rounded from its sum."""
     total = tl.sum(t, 1)
-    if TAIL:
+    if TAIL and t.shape[0] == 1:
+        # As numbers: two tensors would have to agree on a layout, and whole rows be moved for it.
+        total = tl.full([1], 0.0, tl.float32) + (tl.sum(total, 0) + tl.sum(tl.sum(tail, 1), 0))
+    elif TAIL:
         total += tl.sum(tail, 1)
     return tl.div_rn(total, tl.full([t.shape[0]], 0.0, tl.float32) + width)[:, None]
 

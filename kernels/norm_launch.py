@@ -66,7 +66,8 @@ def _power_of_two(n: int) -> int:
 def blocks(width: int) -> tuple[int, int]:
     """The powers of two that a row is read in: one, and where that wastes much another after it."""
     block = _power_of_two(width)
-    tail = max(256, _power_of_two(width - block // 2))
+    # 512, so that 256 threads have 4 bytes each to fetch: with less there is no prefetching.
+    tail = max(512, _power_of_two(width - block // 2))
     if width <= 1024 or tail >= block // 2:
         return block, 0
     return block // 2, tail
@@ -78,38 +79,67 @@ def _warps(numbers: int, per_thread: int, limits: Limits) -> int:
     return threads // limits.warp
 
 
-def _stages(wanted: int, tile_bytes: int, limits: Limits) -> int:
+def _stages(wanted: int, tile_bytes: int, per_sm: int, limits: Limits) -> int:
     """The stages for which shared memory has room beside what the reductions need."""
-    return max(1, min(wanted, 1 + (limits.shared - 4096) // tile_bytes))
+    return max(1, min(wanted, 1 + (limits.shared // per_sm - 4096) // tile_bytes))
 
 
 @functools.lru_cache(maxsize=512)
-def forward_tile(width: int, itemsize: int, inputs: int, limits: Limits) -> Tile:
-    """2048 numbers a tile at least, 16 to a thread; rows of 16384 numbers 32 to a thread."""
-    block = _power_of_two(width)
+def forward_tile(
+    width: int, itemsize: int, inputs: int, limits: Limits, centered: bool = False
+) -> Tile:
+    """2048 numbers a tile at least, 16 to a thread; more to a thread where that lets more rows wait.
+
+    A centred norm waits for two sums in turn, so it wants many rows in flight and cheap barriers.
+    """
+    block, _ = blocks(width)
     rows = max(1, min(16, 2048 // block))
-    return Tile(rows, _warps(rows * block, 32 if block > 8192 else 16, limits))
+    many = block > 8192 or (centered and itemsize == 2 and width in (4096, 8192))
+    return Tile(rows, _warps(rows * block, 32 if many else 16, limits))
 
 
 @functools.lru_cache(maxsize=512)
 def backward_tile(width: int, itemsize: int, inputs: int, sums: int, limits: Limits) -> Tile:
     """As the forward; with ``sums`` weight gradients, whose rows stay in registers, a loop."""
-    block = _power_of_two(width)
+    block, tail = blocks(width)
+    if sums:
+        return _summing_tile(block, tail, itemsize, inputs, sums, limits)
     rows = max(1, min(16, 2048 // block))
     if block > 8192:
-        per_thread = 32 if itemsize == 2 else 16
-        return Tile(1, _warps(block, per_thread, limits), 1 if sums else 0, reload=True)
-    if not sums:
-        return Tile(rows, _warps(rows * block, 16, limits))
-    warps = _warps(rows * block, 32 if block > 4096 else 16, limits)
-    per_sm = max(1, min(4, 768 // (warps * limits.warp)))
-    stages = _stages(2, rows * block * itemsize * (inputs + 1), limits)
-    return Tile(rows, warps, per_sm, stages)
+        wide = itemsize == 4
+        return Tile(1, _warps(block, 16 if wide else 32, limits), reload=wide)
+    return Tile(rows, _warps(rows * block, 16, limits))
+
+
+def _summing_tile(
+    block: int, tail: int, itemsize: int, inputs: int, sums: int, limits: Limits
+) -> Tile:
+    """The tile of a backward with weight gradients.
+
+    Bandwidth needs some 60 KiB in flight on a multiprocessor. Rows of up to 8192 numbers have 512
+    threads there with 128 registers each: two programs, which prefetch unless a row fills them, or
+    one program for wider rows and where there are two sums.
+    """
+    numbers = block + tail
+    if itemsize == 4:
+        rows = max(1, min(16, 2048 // block))
+        warps = _warps(rows * block, 16, limits)
+        per_sm = max(1, min(4, 768 // (warps * limits.warp)))
+        stages = _stages(2, rows * numbers * itemsize * (inputs + 1), per_sm, limits)
+        return Tile(rows, warps, per_sm, stages)
+    rows = max(1, min(32, (2048 if tail else 4096) // block))
+    narrow = numbers <= 4096 or (sums == 1 and numbers <= 8192)
+    threads, per_sm = (256, 2) if narrow else (512, 1)
+    if numbers > 12288 or (sums == 1 and numbers == 8192):
+        return Tile(rows, threads // limits.warp, per_sm)
+    tile_bytes = rows * numbers * itemsize * (inputs + 1)
+    stages = _stages(4 if rows * numbers < 4096 else 3, tile_bytes, per_sm, limits)
+    return Tile(rows, threads // limits.warp, per_sm, stages)
 
 
 def sums_fit(width: int, itemsize: int, sums: int) -> bool:
     """Whether a row of partial sums fits in registers beside the rows that are read."""
-    return _power_of_two(width) * (itemsize * 3 + 4 * sums) <= 16384 * 10
+    return sum(blocks(width)) * (itemsize * 3 + 4 * sums) <= 16384 * 10
 
 
 def _constants(tile: Tile, width: int) -> tuple[int | bool, ...]:
@@ -221,7 +251,7 @@ def forward(
     strides = walk.strides if residual is not None else [*walk.strides[:2], 0, 0, *walk.strides[2:]]
     rows = x.numel() // width
     limits = device.limits(x.device)
-    tile = forward_tile(width, x.element_size(), len(inputs), limits)
+    tile = forward_tile(width, x.element_size(), len(inputs), limits, centered)
     tensors = (
         walk.tensors[0], None if residual is None else walk.tensors[1],
         _dense(weight), _dense(bias), target, total, mean, rstd,

@@ -210,6 +210,18 @@ def test_every_tile_gives_the_same(
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("width", [1100, 1536, 2304])
+def test_rows_of_two_blocks(kernels: Backend, width: int) -> None:
+    x, w = torch.randn(5, width), torch.randn(width)
+    assert norm_launch.blocks(width)[1]
+    compare(
+        kernels,
+        lambda x, w: kernels.ops.rms_norm(x, w, EPS, 0.0, "input", torch.float32)[0],
+        lambda x, w: eager(x, w, 0.0, "input"),
+        (x, w),
+    )
+
+
 def test_zero_and_huge_rows(backend: Backend) -> None:
     x = torch.zeros(3, 8, dtype=torch.float16)
     x[1] = 6e4
