@@ -1,0 +1,123 @@
+"""Normalize and autocast: what is dropped, what must stay, and casts that become nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import capture, check, compile_one, perturbed, rows
+from torch import fx
+
+from fusewright.compiler import autocast, ir
+
+aten = torch.ops.aten
+
+
+def _graph(computation: Any, *inputs: Any) -> fx.Graph:
+    graph: fx.Graph = capture(computation, inputs).canonical.graph
+    return graph
+
+
+def _targets(graph: fx.Graph) -> list[Any]:
+    return [n.target for n in ir.calls(graph)]
+
+
+def test_what_changes_nothing_is_dropped() -> None:
+    def idle(x: torch.Tensor) -> torch.Tensor:
+        return x.to(x.dtype).float()[:, :][..., :].cos()
+
+    assert _targets(_graph(idle, rows(2, 8))) == [aten.cos.default]
+
+
+def test_spellings_collapse() -> None:
+    one = _targets(_graph(lambda x: x.pow(2).mean(-1), rows(2, 8)))
+    other = _targets(_graph(lambda x: torch.mean(torch.pow(x, 2), dim=-1), rows(2, 8)))
+    assert one == other
+
+
+def test_equal_casts_become_one() -> None:
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x.to(torch.bfloat16).cos() + x.to(torch.bfloat16).sin()
+
+    assert sum(map(ir.is_cast, ir.calls(_graph(twice, rows(2, 8))))) == 1
+
+
+def test_a_rounding_is_kept_and_a_widening_and_back_is_not() -> None:
+    def rounding(x: torch.Tensor) -> torch.Tensor:
+        return x.to(torch.bfloat16).float().cos()
+
+    def widening(x: torch.Tensor) -> torch.Tensor:
+        return x.float().to(torch.bfloat16).cos()
+
+    assert sum(map(ir.is_cast, ir.calls(_graph(rounding, rows(2, 8))))) == 2
+    assert _targets(_graph(widening, rows(2, 8).bfloat16())) == [aten.cos.default]
+
+
+def test_casts_are_not_merged_across_a_mutation() -> None:
+    def mutated(x: torch.Tensor) -> torch.Tensor:
+        y = x * 1.0
+        before = y.to(torch.bfloat16)
+        y.mul_(3)
+        return before.float() + y.to(torch.bfloat16).float()
+
+    inputs = [rows(2, 8)]
+    assert sum(map(ir.is_cast, ir.calls(_graph(mutated, *inputs)))) == 4
+    check(mutated, inputs, {})
+
+
+def test_a_written_cast_is_not_shared() -> None:
+    def written(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.to(torch.bfloat16), x.to(torch.bfloat16)
+        a.mul_(3)
+        return a.float() + b.float()
+
+    check(written, [rows(2, 8)], {})
+
+
+def _layer(x: torch.Tensor, w: torch.Tensor) -> Any:
+    y = F.linear(x, w)
+    row = y * torch.rsqrt(y.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    return y, F.softmax(y, -1), row, F.linear(row, w)
+
+
+def _switched_off(x: torch.Tensor, w: torch.Tensor) -> Any:
+    with torch.autocast("cpu", enabled=False):
+        y = F.linear(x.float(), w)
+    return y, F.linear(y, w)
+
+
+def _switched_on(x: torch.Tensor, w: torch.Tensor) -> Any:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = F.linear(x, w)
+        row = y.float() * torch.rsqrt(y.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+        z = F.linear(row, w)
+    return y.float().mean(), z, F.linear(row, w)
+
+
+def _arguments(graph: fx.Graph, inputs: list[torch.Tensor]) -> list[Any]:
+    """The inputs, told apart by their rank, and the sizes that the graph takes besides."""
+    recorded = [ir.value(n) for n in graph.find_nodes(op="placeholder")]
+    by_rank = {i.dim(): i for i in inputs}
+    return [by_rank[v.dim()] if isinstance(v, torch.Tensor) else v.node.hint for v in recorded]
+
+
+@pytest.mark.parametrize("ambient", [False, True], ids=["plain", "ambient"])
+@pytest.mark.parametrize("computation", [_layer, _switched_off, _switched_on])
+def test_autocast_made_explicit_equals_autocast(computation: Any, ambient: bool) -> None:
+    inputs = [rows(2, 5, 16), perturbed(16, 16, around=0.0)]
+    compiled = compile_one(computation)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=ambient):
+        ours, eager = compiled.run(*inputs), computation(*inputs)
+    (record,) = compiled.session.records
+    with torch.autocast("cpu", enabled=False):
+        explicit = record.canonical(*_arguments(record.canonical.graph, inputs))
+    for mine, plain, theirs in zip(ours, explicit, eager, strict=True):
+        assert mine.dtype is plain.dtype is theirs.dtype
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(plain, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_no_autocast_is_active_by_itself() -> None:
+    assert autocast.active_device() is None

@@ -1,0 +1,85 @@
+"""Verify: a rewrite that computes something else is reverted with its reason, and training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from graphs import compile_one, perturbed, rows
+from torch import fx
+
+from fusewright.compiler.pipeline import CompileError
+from fusewright.compiler.prove import Candidate
+from fusewright.compiler.rewrite import call
+from fusewright.patterns.rms_norm import RMSNorm
+
+
+def _norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class _Wrong(RMSNorm):
+    """Proves the norm and then emits something else in its place."""
+
+    def __init__(self, spoil: Any) -> None:
+        self.spoil = spoil
+
+    def candidates(self, anchor: fx.Node) -> Iterator[Candidate]:
+        for candidate in super().candidates(anchor):
+            yield replace(candidate, emit=self._emit(candidate))
+
+    def _emit(self, candidate: Candidate) -> Any:
+        def emit(graph: fx.Graph, read: Mapping[str, Any]) -> list[fx.Node]:
+            (right,) = candidate.emit(graph, read)
+            return [call(graph, *self.spoil(right))]
+
+        return emit
+
+
+_SPOILT = {
+    "value": lambda right: (torch.ops.aten.mul.Tensor, (right, 1.01)),
+    "gradient": lambda right: (torch.ops.aten.detach.default, (right,)),
+}
+
+
+def _compiled(spoil: Any, strict: bool) -> Any:
+    compiled = compile_one(_norm, verify="first_step", strict=strict)
+    options = replace(compiled.session.options, patterns=(_Wrong(spoil),))
+    compiled.session.options = options
+    return compiled
+
+
+@pytest.mark.parametrize("what", _SPOILT)
+def test_a_wrong_rewrite_is_reverted(what: str) -> None:
+    compiled = _compiled(_SPOILT[what], strict=False)
+    for _ in range(2):
+        x, w = rows(2, 5, 16), perturbed(16)
+        ours, eager = compiled.run(x, w), _norm(x, w)
+        torch.testing.assert_close(ours, eager)
+        for mine, theirs in zip(
+            torch.autograd.grad(ours.sin().sum(), (x, w)),
+            torch.autograd.grad(eager.sin().sum(), (x, w)),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, theirs)
+    (record,) = compiled.session.records
+    assert record.verdict.status == "reverted" and record.failure.startswith("reverted: ")
+    assert record.verdict.reason
+
+
+@pytest.mark.parametrize("what", _SPOILT)
+def test_strict_raises(what: str) -> None:
+    compiled = _compiled(_SPOILT[what], strict=True)
+    with pytest.raises(CompileError, match="reverted"):
+        compiled.run(rows(2, 5, 16), perturbed(16))
+
+
+def test_a_right_rewrite_is_accepted() -> None:
+    compiled = compile_one(_norm, verify="first_step")
+    compiled.run(rows(2, 5, 16), perturbed(16))
+    (record,) = compiled.session.records
+    assert record.verdict.status == "accepted" and compiled.ops == {"rms_norm": 1}
+    assert record.verdict.backward is None or record.verdict.backward >= 0
