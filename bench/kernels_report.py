@@ -50,8 +50,9 @@ def markdown(device: str, rows: list[dict[str, Any]]) -> str:
     lines = [
         f"# Kernels on one {device}",
         "",
-        "Bytes that must be moved over the bandwidth of a device copy measured in the same run; "
-        "bf16, medians. Made by:",
+        "Bytes that must be moved over the bandwidth of a device copy in the same run; bf16, medians.",
+        "",
+        "Made by:",
         "",
         *(f"    {c}" for c in COMMANDS),
         "",
