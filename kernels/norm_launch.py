@@ -86,28 +86,37 @@ def _stages(wanted: int, tile_bytes: int, per_sm: int, limits: Limits) -> int:
 
 @functools.lru_cache(maxsize=512)
 def forward_tile(
-    width: int, itemsize: int, inputs: int, limits: Limits, centered: bool = False
+    width: int,
+    itemsize: int,
+    inputs: int,
+    limits: Limits,
+    centered: bool = False,
+    wide: bool = False,
 ) -> Tile:
     """2048 numbers a tile at least, 16 to a thread; more to a thread where that lets more rows wait.
 
     A centred norm waits for two sums in turn, so it wants many rows in flight and cheap barriers.
+    ``wide``: the weight has more bytes than the rows, and so takes more registers.
     """
-    block, _ = blocks(width)
+    block, tail = blocks(width)
     rows = max(1, min(16, 2048 // block))
     many = block > 8192 or (centered and itemsize == 2 and width in (4096, 8192))
-    return Tile(rows, _warps(rows * block, 32 if many else 16, limits))
+    return Tile(rows, _warps(rows * block, 32 if many else 8 if wide and tail else 16, limits))
 
 
 @functools.lru_cache(maxsize=512)
-def backward_tile(width: int, itemsize: int, inputs: int, sums: int, limits: Limits) -> Tile:
+def backward_tile(
+    width: int, itemsize: int, inputs: int, sums: int, limits: Limits, wide: bool = False
+) -> Tile:
     """As the forward; with ``sums`` weight gradients, whose rows stay in registers, a loop."""
     block, tail = blocks(width)
     if sums:
-        return _summing_tile(block, tail, itemsize, inputs, sums, limits)
+        tile = _summing_tile(block, tail, itemsize, inputs, sums, limits)
+        return tile._replace(reload=wide and block > 8192)
     rows = max(1, min(16, 2048 // block))
     if block > 8192:
-        wide = itemsize == 4
-        return Tile(1, _warps(block, 16 if wide else 32, limits), reload=wide)
+        single = itemsize == 4
+        return Tile(1, _warps(block, 16 if single else 32, limits), reload=single)
     return Tile(rows, _warps(rows * block, 16, limits))
 
 
@@ -218,6 +227,10 @@ def _dense(vector: Maybe) -> Maybe:
     return None if vector is None else vector.contiguous()
 
 
+def _wide(vector: Maybe, x: torch.Tensor) -> bool:
+    return vector is not None and vector.element_size() > x.element_size()
+
+
 class Forward(NamedTuple):
     """What the forward gives; the sum and the mean where the norm has them."""
 
@@ -251,7 +264,7 @@ def forward(
     strides = walk.strides if residual is not None else [*walk.strides[:2], 0, 0, *walk.strides[2:]]
     rows = x.numel() // width
     limits = device.limits(x.device)
-    tile = forward_tile(width, x.element_size(), len(inputs), limits, centered)
+    tile = forward_tile(width, x.element_size(), len(inputs), limits, centered, _wide(weight, x))
     tensors = (
         walk.tensors[0], None if residual is None else walk.tensors[1],
         _dense(weight), _dense(bias), target, total, mean, rstd,
@@ -337,7 +350,9 @@ def _row_gradients(job: _Job, dx: Maybe, sums: int, of_weight: bool) -> Maybe:
     width = x.shape[-1]
     rows = x.numel() // width
     limits = device.limits(x.device)
-    tile = backward_tile(width, x.element_size(), len(job.walk.tensors), sums, limits)
+    tile = backward_tile(
+        width, x.element_size(), len(job.walk.tensors), sums, limits, _wide(job.weight, x)
+    )
     programs = _programs(-(-rows // tile.rows), tile.per_sm, limits)
     partial = _partial(x, sums, programs)
     tensors = (
