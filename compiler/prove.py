@@ -175,7 +175,7 @@ def _draw(
     drawn: dict[str, Any] = {}
     known: dict[fx.Node | None, Any] = {None: None}
     for role, node in candidate.inputs.items():
-        if node in known:  # absent, or one value in two roles
+        if node is None or node in known:  # absent, or one value in two roles
             drawn[role] = known[node]
             continue
         val = ir.value(node)

@@ -197,10 +197,13 @@ def _judge(
     mean_eager = sum(e for _, e in pairs) / len(pairs)
     verdict = Verdict("accepted", "", mean_ours, mean_eager)
     worst = max(pairs, key=lambda p: p[0] - _TENSOR_FACTOR * p[1])
-    if not mean_ours <= _MEAN_FACTOR * mean_eager + eps / 32:
+    # In float32 both errors are sums of a few last bits, and their ratio says little; in bf16 the
+    # mean over a region's tensors is steady.
+    mean_slack, tensor_slack = (eps / 32, eps / 4) if eps > 1e-4 else (8 * eps, 32 * eps)
+    if not mean_ours <= _MEAN_FACTOR * mean_eager + mean_slack:
         verdict.status = "reverted"
         verdict.reason = f"mean error {mean_ours:.2e} against eager's {mean_eager:.2e}"
-    elif not worst[0] <= _TENSOR_FACTOR * worst[1] + eps / 4:
+    elif not worst[0] <= _TENSOR_FACTOR * worst[1] + tensor_slack:
         verdict.status = "reverted"
         verdict.reason = f"one tensor's error {worst[0]:.2e} against eager's {worst[1]:.2e}"
     return verdict

@@ -2,17 +2,14 @@
 
 A program takes tiles of ROWS whole rows, kept in registers between the statistics and the output.
 Row ``i`` of a tensor lies at ``(i // inner) * outer stride + (i % inner) * inner stride``, which
-covers every head of a slice of a fused projection; statistics and gradients are dense, row ``i`` at
-``i * width``. Offsets are 64 bits wide. With LOOP, a few programs per multiprocessor walk over the
-tiles and keep the weight, and the sums of its gradient, in registers.
+covers every head of a slice of a fused projection; statistics and gradients are dense, in 64 bits.
+With LOOP, a few programs per multiprocessor walk over the tiles with the weight in registers.
 
-A row is the BLOCK columns of a power of two, or with TAIL those and the TAIL columns after them:
-5120 is 4096 and 1024, where one block would be 8192 and idle for three eighths of it. FULL says that
-the first block lies within the row, EVEN that all columns do.
+A row is BLOCK columns, a power of two, or with TAIL those and TAIL more: 5120 is 4096 and 1024, where
+one block would idle for three eighths of it. FULL: BLOCK lies within the row; EVEN: all columns do.
 
-Gradients of weight and bias: every program sums the rows that it took in the order of the loop and
-writes one row of partial sums; ``column_sums`` adds those rows in a fixed order. The result depends
-on the number of programs, which the shapes decide, and on nothing else.
+Gradients of weight and bias: every program sums the rows that it took in the order of the loop;
+``column_sums`` adds the programs' sums in a fixed order. The shapes alone decide the result.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ Tiles depend on the shapes, the dtypes and the device, never on a measurement or
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,14 @@ from fusewright.kernels.norm_kernels import (
     norm_forward,
     weight_gradients,
 )
+from fusewright.kernels.norm_tiles import (
+    Tile,
+    backward_tile,
+    blocks,
+    forward_tile,
+    power_of_two,
+    sums_fit,
+)
 from fusewright.kernels.reduce import absent
 from fusewright.kernels.rows import empty_ordered, empty_rows, leading_order
 
@@ -28,23 +35,6 @@ _forward, _backward = Launcher(norm_forward), Launcher(norm_backward)
 _weights, _columns = Launcher(weight_gradients), Launcher(column_sums)
 _DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 Maybe = torch.Tensor | None
-
-
-class Tile(NamedTuple):
-    """How a norm is cut: rows and warps of a tile, its loop, and what stays in registers.
-
-    With ``per_sm`` programs per multiprocessor each walks over the tiles and has the next ones in
-    flight (``stages`` - 1 of them, in shared memory); with 0 there are as many programs as tiles.
-    ``hoist`` keeps the weight in registers from tile to tile; ``reload`` has the backward read a row
-    again, from the cache, rather than hold it in registers while it is summed up.
-    """
-
-    rows: int
-    warps: int
-    per_sm: int = 0
-    stages: int = 1
-    hoist: bool = False
-    reload: bool = False
 
 
 def launchable(x: torch.Tensor, *others: torch.Tensor | torch.dtype | None) -> bool:
@@ -57,98 +47,6 @@ def launchable(x: torch.Tensor, *others: torch.Tensor | torch.dtype | None) -> b
         and x.dtype in _DTYPES
         and all(d in _DTYPES for d in dtypes)
     )
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def blocks(width: int) -> tuple[int, int]:
-    """The powers of two that a row is read in: one, and where that wastes much another after it."""
-    block = _power_of_two(width)
-    # 512, so that 256 threads have 4 bytes each to fetch: with less there is no prefetching.
-    tail = max(512, _power_of_two(width - block // 2))
-    if width <= 1024 or tail >= block // 2:
-        return block, 0
-    return block // 2, tail
-
-
-def _warps(numbers: int, per_thread: int, limits: Limits) -> int:
-    """Warps that give each thread some numbers of a tile; four at least, 1024 threads at most."""
-    threads = max(128, min(1024, numbers // per_thread))
-    return threads // limits.warp
-
-
-def _stages(wanted: int, tile_bytes: int, per_sm: int, limits: Limits) -> int:
-    """The stages for which shared memory has room beside what the reductions need."""
-    return max(1, min(wanted, 1 + (limits.shared // per_sm - 4096) // tile_bytes))
-
-
-@functools.lru_cache(maxsize=512)
-def forward_tile(
-    width: int,
-    itemsize: int,
-    inputs: int,
-    limits: Limits,
-    centered: bool = False,
-    wide: bool = False,
-) -> Tile:
-    """2048 numbers a tile at least, 16 to a thread; more to a thread where that lets more rows wait.
-
-    A centred norm waits for two sums in turn, so it wants many rows in flight and cheap barriers.
-    ``wide``: the weight has more bytes than the rows, and so takes more registers.
-    """
-    block, tail = blocks(width)
-    rows = max(1, min(16, 2048 // block))
-    many = block > 8192 or (centered and itemsize == 2 and width in (4096, 8192))
-    return Tile(rows, _warps(rows * block, 32 if many else 8 if wide and tail else 16, limits))
-
-
-@functools.lru_cache(maxsize=512)
-def backward_tile(
-    width: int, itemsize: int, inputs: int, sums: int, limits: Limits, wide: bool = False
-) -> Tile:
-    """As the forward; with ``sums`` weight gradients, whose rows stay in registers, a loop."""
-    block, tail = blocks(width)
-    if sums:
-        tile = _summing_tile(block, tail, itemsize, inputs, sums, limits)
-        return tile._replace(reload=wide and block > 8192)
-    rows = max(1, min(16, 2048 // block))
-    if block > 8192:
-        single = itemsize == 4
-        return Tile(1, _warps(block, 16 if single else 32, limits), reload=single)
-    return Tile(rows, _warps(rows * block, 16, limits))
-
-
-def _summing_tile(
-    block: int, tail: int, itemsize: int, inputs: int, sums: int, limits: Limits
-) -> Tile:
-    """The tile of a backward with weight gradients.
-
-    Bandwidth needs some 60 KiB in flight on a multiprocessor. Rows of up to 8192 numbers have 512
-    threads there with 128 registers each: two programs, which prefetch unless a row fills them, or
-    one program for wider rows and where there are two sums.
-    """
-    numbers = block + tail
-    if itemsize == 4:
-        rows = max(1, min(16, 2048 // block))
-        warps = _warps(rows * block, 16, limits)
-        per_sm = max(1, min(4, 768 // (warps * limits.warp)))
-        stages = _stages(2, rows * numbers * itemsize * (inputs + 1), per_sm, limits)
-        return Tile(rows, warps, per_sm, stages)
-    rows = max(1, min(32, (2048 if tail else 4096) // block))
-    narrow = numbers <= 4096 or (sums == 1 and numbers <= 8192)
-    threads, per_sm = (256, 2) if narrow else (512, 1)
-    if numbers > 12288 or (sums == 1 and numbers == 8192):
-        return Tile(rows, threads // limits.warp, per_sm)
-    tile_bytes = rows * numbers * itemsize * (inputs + 1)
-    stages = _stages(4 if rows * numbers < 4096 else 3, tile_bytes, per_sm, limits)
-    return Tile(rows, threads // limits.warp, per_sm, stages)
-
-
-def sums_fit(width: int, itemsize: int, sums: int) -> bool:
-    """Whether a row of partial sums fits in registers beside the rows that are read."""
-    return sum(blocks(width)) * (itemsize * 3 + 4 * sums) <= 16384 * 10
 
 
 def _constants(tile: Tile, width: int) -> tuple[int | bool, ...]:
@@ -408,7 +306,7 @@ def _finish(partial: Maybe, wanted: list[torch.Tensor]) -> list[torch.Tensor]:
         (-(-width // block), count),
         (partial, sums[0], sums[1] if count > 1 else None),
         (rows, width),
-        (max(8, min(256, _power_of_two(rows))), block),
+        (max(8, min(256, power_of_two(rows))), block),
         4,
     )
     return sums

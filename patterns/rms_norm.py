@@ -115,11 +115,11 @@ def climb(anchor: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, float]:
     if not ir.is_call(node, aten.mean.dim, aten.sum.dim_IntList):
         name = getattr(node, "target", node)
         raise Refused(f"the root is not taken of a mean over the row but of {name}")
-    inside.add(node)  # type: ignore[arg-type]
-    source = node.args[0]  # type: ignore[union-attr]
-    if not ir.last_dim_only(source, node.args[1]):  # type: ignore[union-attr, arg-type]
+    inside.add(node)
+    source = node.args[0]
+    if not ir.last_dim_only(source, node.args[1]):
         raise Refused("the mean is not over the last dimension alone")
-    return node, eps  # type: ignore[return-value]
+    return node, eps
 
 
 def _mean_as_sum(node: Any, inside: set[fx.Node]) -> Any:
@@ -204,7 +204,7 @@ def _passes(step: fx.Node) -> bool:
     """Whether the value goes through a step alone: casts, and ``1 / root`` as torch traces it."""
     if ir.is_cast(step) or ir.is_call(step, aten.reciprocal.default):
         return True
-    return ir.is_call(step, aten.mul.Tensor) and step.args[1] == 1
+    return ir.is_call(step, aten.mul.Tensor) and bool(ir.argument(step, 1) == 1)
 
 
 def gain_of(operand: fx.Node, x: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, float] | None:
