@@ -93,6 +93,9 @@ class CoverageReport:
 
         return render(self)
 
+    def __rich__(self) -> str:
+        return str(self)
+
 
 def report(session: Session) -> CoverageReport:
     """The report of one optimised model as things stand now."""

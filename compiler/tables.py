@@ -49,7 +49,9 @@ def _fired_table(rows: list[Row]) -> Table:
         error = row.verification
         if row.error is not None and row.error_eager is not None:
             error = f"{row.error:.1e} / {row.error_eager:.1e}"
-        table.add_row(row.pattern, str(row.count), row.where, _tail(row.source), parameters, error)
+        table.add_row(
+            row.pattern, str(row.count), _places(row), _tail(row.source), parameters, error
+        )
     return table
 
 
@@ -58,12 +60,18 @@ def _missed_table(rows: list[Row]) -> Table:
     for name in ("pattern", "×", "where", "source", "reason"):
         table.add_column(name, overflow="fold", justify="right" if name == "×" else "left")
     for row in rows:
-        table.add_row(row.pattern, str(row.count), row.where, _tail(row.source), row.reason)
+        table.add_row(row.pattern, str(row.count), _places(row), _tail(row.source), row.reason)
     return table
 
 
 def _tail(source: str) -> str:
     return source.rpartition("/")[2]
+
+
+def _places(row: Row) -> str:
+    """The modules of a row; of many, the first two."""
+    places = row.where.split(", ")
+    return row.where if len(places) <= 3 else f"{', '.join(places[:2])} and {len(places) - 2} more"
 
 
 def _short(value: object) -> str:
