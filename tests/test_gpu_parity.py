@@ -104,7 +104,7 @@ def test_a_real_shape_follows_eager() -> None:
         if optimized:
             fusewright.optimize(model, lowering="inductor")
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-3)
+        optimizer = torch.optim.AdamW(trained, lr=2e-4)  # at 1e-3 rounding grows to 3e-3
         losses = []
         for _ in range(20):
             loss = model(input_ids=ids, labels=ids).loss
@@ -119,4 +119,4 @@ def test_a_real_shape_follows_eager() -> None:
     eager, ours = curve(False), curve(True)
     worst = max(abs(a - b) / a for a, b in zip(eager, ours, strict=True))
     print(f"losses {eager[0]:.4f} -> {eager[-1]:.4f}, worst relative difference {worst:.1e}")
-    assert worst < 2e-3
+    assert worst < 1e-3
