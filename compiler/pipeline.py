@@ -39,6 +39,9 @@ def compile_graph(
     record = GraphRecord(kind, region)
     session.records.append(record)
     _note_break(gm, record)
+    if record.breaks and session.options.strict:
+        first = record.breaks[0]
+        raise CompileError(f"{region}: the graph breaks at {first.location}: {first.reason}")
     try:
         with unseen_by_checkpoints():
             return _compile(gm, example_inputs, session, record)

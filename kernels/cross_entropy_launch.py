@@ -63,6 +63,8 @@ def launch_forward(
     """Write every row's loss (any float dtype) and log-sum-exp (float64)."""
     rows, vocab = logits.shape
     block, wide, warps = _row_block(vocab, logits.element_size(), 8192)
+    if form.softcap > 0:  # tanh needs registers: a thread takes half as many numbers at a time
+        block = max(block // 2, 32 * wide)
     with on_device_of(logits):
         _forward(
             (rows, 1),

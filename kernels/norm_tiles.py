@@ -102,7 +102,7 @@ def _summing_tile(
     numbers = block + tail
     if itemsize == 4:
         rows = max(1, min(16, 2048 // block))
-        warps = _warps(rows * block, 16, limits)
+        warps = _warps(rows * block, 8, limits)
         per_sm = max(1, min(4, 768 // (warps * limits.warp)))
         stages = _stages(2, rows * numbers * itemsize * (inputs + 1), per_sm, limits)
         return Tile(rows, warps, per_sm, stages)

@@ -281,7 +281,8 @@ def compiled_cases() -> list[Case]:
         row = flags | {"BLOCK": 8192}
         shared = labels | ints | numbers | {"logits_ptr": pointer}
         types = shared | {"losses_ptr": wide, "lse_ptr": wide}
-        cases.append(Case(module + "cross_entropy_forward", types, row, 8))
+        forward = row | {"BLOCK": 4096 if on else 8192}
+        cases.append(Case(module + "cross_entropy_forward", types, forward, 8))
         types = shared | {"losses_ptr": wide, "unit": "fp32"}
         name = module + "loss_and_gradient_in_place"
         for vocab, capped in ((32000, on), (128256, on), (128256, False)):
