@@ -66,9 +66,7 @@ def _cast_inputs(graph: fx.Graph, node: fx.Node, wanted: torch.dtype) -> None:
                 made = graph.call_function(aten.to.dtype, (leaf, wanted))
             with ir.value(leaf).fake_mode, torch.no_grad():
                 made.meta["val"] = ir.value(leaf).to(wanted)
-            for key in ("stack_trace", "nn_module_stack"):
-                if key in node.meta:
-                    made.meta[key] = node.meta[key]
+            ir.inherit_provenance(made, node)
             casts[leaf] = made
         return casts[leaf]
 

@@ -206,6 +206,13 @@ def module_path(node: fx.Node) -> str:
     return path.replace("._modules['", ".").replace("']", "").strip(".")
 
 
+def inherit_provenance(node: fx.Node, source: fx.Node) -> None:
+    """Give ``node`` the source line and the module of ``source``, where it has them."""
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in source.meta:
+            node.meta[key] = source.meta[key]
+
+
 def calls(graph: fx.Graph) -> Iterator[fx.Node]:
     """The call nodes in order."""
     return (n for n in graph.nodes if n.op == "call_function")

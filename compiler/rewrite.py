@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,21 +32,15 @@ def call(graph: fx.Graph, target: Any, args: Sequence[Any], like: fx.Node | None
     with mode, torch.no_grad():
         node.meta["val"] = target(*fake)
     inherited = like if like is not None else next(iter(node.all_input_nodes))
-    for key in ("stack_trace", "nn_module_stack"):
-        if key in inherited.meta:
-            node.meta[key] = inherited.meta[key]
+    ir.inherit_provenance(node, inherited)
     return node
 
 
 def item(graph: fx.Graph, source: fx.Node, index: int) -> fx.Node:
     """Append ``source[index]`` for a call that yields a tuple."""
-    import operator
-
     node = graph.call_function(operator.getitem, (source, index))
     node.meta["val"] = ir.value(source)[index]
-    for key in ("stack_trace", "nn_module_stack"):
-        if key in source.meta:
-            node.meta[key] = source.meta[key]
+    ir.inherit_provenance(node, source)
     return node
 
 
@@ -61,9 +56,7 @@ def apply(match: Match, graph: fx.Graph) -> tuple[fx.Node, ...]:
                 f"{match.pattern}: the replacement yields {got.dtype} of rank {len(got.shape)}, "
                 f"the region {expected.dtype} of rank {len(expected.shape)}"
             )
-        for key in ("stack_trace", "nn_module_stack"):
-            if key in old.meta:
-                new.meta[key] = old.meta[key]
+        ir.inherit_provenance(new, old)
         old.replace_all_uses_with(new, delete_user_cb=lambda u: u not in candidate.nodes)
     _erase(graph, candidate.nodes)
     return results
