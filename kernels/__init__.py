@@ -21,6 +21,7 @@ def catalogue() -> tuple[OpSpec, ...]:
         lora,
         nf4,
         rms_norm,
+        roomy,
         rope,
     )
 
@@ -35,5 +36,6 @@ def catalogue() -> tuple[OpSpec, ...]:
         cross_entropy,
         linear_cross_entropy,
         nf4,
+        roomy,
     )
     return tuple(spec for family in families for spec in family.OPS)

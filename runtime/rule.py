@@ -31,6 +31,7 @@ class Arguments:
         self.tensors = tuple(i for i, k in enumerate(kinds) if k in ("Tensor", "Optional[Tensor]"))
         self.lists = any("List[" in k and "Tensor" in k for k in kinds)
         self.results = len(schema.returns)
+        self.many = bool(schema.returns) and str(schema.returns[0].type) == "List[Tensor]"
         self.watched = tuple(self.names.index(n) for n in spec.differentiable)
 
 
@@ -107,7 +108,17 @@ def applied(spec: OpSpec, forward: Call, backward: Call, args: Arguments) -> Cal
         whole: Call = rule.apply
         return lambda *values: whole(*values) if transforms() else alone(*values)
     apply: Call = rule.apply
-    return lambda *values: apply(*((lf := flatten(values))[0], *lf[1]))
+    if not args.many:
+        return lambda *values: apply(*((lf := flatten(values))[0], *lf[1]))
+    rest = args.results - 1
+
+    def nested(*values: Any) -> Any:
+        layout, flat = flatten(values)
+        out = apply(layout, *flat)
+        cut = len(out) - rest
+        return (list(out[:cut]), *out[cut:]) if rest else list(out)
+
+    return nested
 
 
 class _Plain(torch.autograd.Function):
@@ -210,7 +221,8 @@ def _general_rule(spec: OpSpec, forward: Call, backward: Call, args: Arguments) 
             ctx.needs, ctx.layout = needs, layout
             ctx.mark_non_differentiable(*outputs[spec.outputs :])
             ctx._materialize_non_diff_grads = False  # no zeros for the statistics
-            return out
+            ctx.pieces = len(outputs[0]) if args.many else 0
+            return (*outputs[0], *outputs[1:]) if args.many else out
 
         @staticmethod
         @torch.autograd.function.once_differentiable
@@ -219,7 +231,11 @@ def _general_rule(spec: OpSpec, forward: Call, backward: Call, args: Arguments) 
                 c if t is None else t for t, c in zip(ctx.saved_tensors, ctx.constants, strict=True)
             ]
             middle = _unflatten(ctx.middle, kept)
-            out = backward(*grads[: spec.outputs], *middle, *ctx.needs)
+            given: Sequence[Any] = grads[: spec.outputs]
+            if args.many:
+                rest = grads[ctx.pieces :][: spec.outputs - 1]
+                given = (list(grads[: ctx.pieces]), *rest)
+            out = backward(*given, *middle, *ctx.needs)
             results = out if isinstance(out, tuple) else (out,)
             starts = _starts(ctx.layout)
             flat: list[Any] = [None] * starts[-1]
@@ -227,6 +243,8 @@ def _general_rule(spec: OpSpec, forward: Call, backward: Call, args: Arguments) 
                 if need:
                     grad = results[at]
                     flat[starts[i] : starts[i + 1]] = grad if ctx.layout[i] >= 0 else [grad]
-            return (None, *flat)
+            # Of a list some may want a gradient and some not.
+            wanted = ctx.needs_input_grad[1:]
+            return (None, *(g if w else None for g, w in zip(flat, wanted, strict=True)))
 
     return General

@@ -1,0 +1,139 @@
+"""The products of ``lora`` on a device: which there are, and what is put together for them.
+
+Where the weights have room around them (``room``), each direction is one large product with the
+adapters in it; otherwise the adapters are added to the base's result, one small product each.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusewright.kernels import lora_products as products
+from fusewright.kernels import room
+from fusewright.kernels.lora_group import Group, Needs, Plan, Results, Tensors, plan
+from fusewright.kernels.reduce import absent
+from fusewright.kernels.room import Roomy
+
+
+def forward(group: Group, roomy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (..., sum N_j) and the thin products (T, sum r_i), scaled, in the adapters' dtype."""
+    x, how = group.x, plan(group)
+    rows = x.reshape(-1, x.shape[-1])
+    found = room.find(group.weights, how.columns, 0)
+    height = sum(w.shape[0] for w in group.weights)
+    if found is None:
+        thin = products.right(group, rows, how, None, False)
+        return _added(group, rows, thin, height).view(*x.shape[:-1], height), thin
+    wide = room.widened(rows, found.columns) if roomy else None
+    copy = wide is None
+    if wide is None:
+        wide = rows.new_empty((rows.shape[0], found.width + found.columns))
+    thin = products.right(group, rows, how, wide, copy)
+    _write_columns(group, found, how)
+    y = wide @ found.buffer[: found.height].t()
+    return y.view(*x.shape[:-1], height), thin
+
+
+def _write_columns(group: Group, found: Roomy, how: Plan) -> None:
+    """B, and the biases, into the columns behind W; always, since who writes B may not say so."""
+    found.prepare((how, tuple(group.member)))
+    target = found.buffer[: found.height, found.width :]
+    tops = [0]
+    for w in group.weights:
+        tops.append(tops[-1] + w.shape[0])
+    for b, j, at in zip(group.up, group.member, how.blocks, strict=True):
+        products.place(b, target[tops[j] : tops[j + 1], at], how.split, 1)
+    for j, bias in enumerate(group.biases):
+        if bias is not None:
+            target[tops[j] : tops[j + 1], how.thin].copy_(bias)
+
+
+def _added(group: Group, rows: torch.Tensor, thin: torch.Tensor, height: int) -> torch.Tensor:
+    """y without room: the base's products, and each adapter added in place."""
+    y = rows.new_empty((rows.shape[0], height))
+    pieces = y.split([w.shape[0] for w in group.weights], 1)
+    for piece, w, b in zip(pieces, group.weights, group.biases, strict=True):
+        if b is None:
+            torch.mm(rows, w.t(), out=piece)
+        else:
+            torch.addmm(b, rows, w.t(), out=piece)
+    start = 0
+    for b, j in zip(group.up, group.member, strict=True):
+        low = thin[:, start : start + b.shape[1]]
+        start += b.shape[1]
+        pieces[j].addmm_(*products.paired(low, b, rows.dtype))
+    return y
+
+
+def backward(
+    dys: Tensors, thin: torch.Tensor, group: Group, grad_roomy: bool, needs: Needs
+) -> Results:
+    """The gradients; see the header of ``lora``."""
+    x, how = group.x, plan(group)
+    rows = x.reshape(-1, x.shape[-1])
+    blocks = [d.reshape(-1, d.shape[-1]) for d in dys]
+    found = room.find(group.weights, 0, how.thin) if needs.x and not needs.weights else None
+    wide = None
+    if found is not None:
+        wide = room.widened(blocks[0], found.rows) if grad_roomy and len(blocks) == 1 else None
+    copy = found is not None and wide is None
+    if found is not None and wide is None:
+        wide = rows.new_empty((rows.shape[0], found.height + found.rows))
+    g = _per_layer(blocks, group)
+    p, dup, dbiases = products.both(group, g, thin, how, wide, copy, needs)
+    dx = absent(x)
+    if found is not None and wide is not None:
+        _write_rows(group, found, how)
+        dx = (wide @ found.buffer[:, : found.width]).view(x.shape)
+    elif needs.x:
+        dx = _summed(group, g, p).view(x.shape)
+    ddown = products.left(group, rows, p, needs.down)
+    return Results(
+        dx,
+        _of_inputs(group, p, needs.inputs),
+        [d.t() @ rows if needs.weights else absent(x) for d in g],
+        dbiases,
+        ddown,
+        dup,
+    )
+
+
+def _per_layer(blocks: Tensors, group: Group) -> list[torch.Tensor]:
+    """The gradient of each layer's y, however y was cut into pieces."""
+    heights = [w.shape[0] for w in group.weights]
+    if [b.shape[1] for b in blocks] == heights:
+        return list(blocks)
+    whole = blocks[0] if len(blocks) == 1 else torch.cat(list(blocks), 1)
+    return list(whole.split(heights, 1))
+
+
+def _write_rows(group: Group, found: Roomy, how: Plan) -> None:
+    """A into the rows below W."""
+    found.prepare((how, tuple(group.member)))
+    target = found.buffer[found.height :, : found.width]
+    for a, at, source in zip(group.down, how.blocks, group.source, strict=True):
+        if source < 0:
+            products.place(a, target[at], how.split, 0)
+
+
+def _summed(group: Group, g: Tensors, p: Tensors) -> torch.Tensor:
+    """dx without room."""
+    dx = g[0] @ group.weights[0]
+    for d, w in zip(g[1:], group.weights[1:], strict=True):
+        dx.addmm_(d, w)
+    for i, a in enumerate(group.down):
+        if group.source[i] < 0:
+            dx.addmm_(*products.paired(p[i], a.t(), dx.dtype))
+    return dx
+
+
+def _of_inputs(group: Group, p: Tensors, need: bool) -> list[torch.Tensor]:
+    """The gradients of the adapters' own inputs."""
+    out: list[torch.Tensor] = [absent(group.x) for _ in group.inputs]
+    for i, (at, a) in enumerate(zip(group.source, group.down, strict=True)):
+        if need and at >= 0:
+            dtype = group.inputs[at].dtype
+            part = torch.mm(p[i].to(group.dtype), a.to(group.dtype)).to(dtype)
+            part = part.view(group.inputs[at].shape)
+            out[at] = part if out[at].numel() == 0 else out[at] + part
+    return out

@@ -1,0 +1,217 @@
+"""Weights with room around them: the buffers of the augmented GEMM of ``lora``.
+
+The frozen weights W_j (N_j, K) of linear layers that read one input lie below each other in one buffer
+
+    [ W_0 | . ]
+    [ W_1 | . ]      of shape (sum N_j + rows, K + columns)
+    [  .  | . ]
+
+and each layer's ``weight`` is a view of its part. What lies behind the rows and below them belongs to
+nobody but the kernels, which write the adapters there. The room starts as zeros.
+
+A tensor's strides do not tell whose the bytes behind its rows are, so buffers are remembered here by
+their storage, weakly: a storage that is gone is forgotten, and its address is not mistaken for a new
+one's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+_UNIT = 16  # columns and rows of room come in multiples, so that every row starts aligned
+
+
+class Room(NamedTuple):
+    """Columns behind each weight's rows, and rows below the last weight."""
+
+    columns: int
+    rows: int
+
+
+class _Entry:
+    """What is known of one buffer: its shape, and how the adapters in it are laid out now."""
+
+    def __init__(self, storage: torch.UntypedStorage, height: int, width: int, room: Room) -> None:
+        self.weak = StorageWeakRef(storage)
+        self.height, self.width, self.room = height, width, room
+        self.layout: Any = None
+
+
+_KNOWN: dict[int, _Entry] = {}
+
+
+class Roomy(NamedTuple):
+    """A buffer as it is found from its weights.
+
+    Attributes:
+        buffer: (sum N_j + rows, K + columns).
+        height: sum N_j.
+        width: K.
+    """
+
+    buffer: torch.Tensor
+    height: int
+    width: int
+    entry: _Entry
+
+    @property
+    def columns(self) -> int:
+        """Columns of room."""
+        return self.entry.room.columns
+
+    @property
+    def rows(self) -> int:
+        """Rows of room."""
+        return self.entry.room.rows
+
+    def prepare(self, layout: Any) -> None:
+        """Empty the room if it holds adapters that were laid out in another way."""
+        if self.entry.layout != layout:
+            if self.entry.layout is not None:
+                self.buffer[:, self.width :].zero_()
+                self.buffer[self.height :].zero_()
+            self.entry.layout = layout
+
+
+def needed(columns: int, rows: int) -> Room:
+    """The room that these many columns and rows ask for."""
+    return Room(-(-columns // _UNIT) * _UNIT, -(-rows // _UNIT) * _UNIT)
+
+
+def allocate(weights: Sequence[torch.Tensor], room: Room) -> list[torch.Tensor]:
+    """Copies of the weights in one new buffer, as views of it.
+
+    Args:
+        weights: (N_j, K) each, of one dtype and device.
+        room: see :func:`needed`.
+
+    Raises:
+        ValueError: the weights do not fit below each other.
+    """
+    first = weights[0]
+    if any(
+        w.dim() != 2
+        or w.shape[1] != first.shape[1]
+        or w.dtype != first.dtype
+        or w.device != first.device
+        for w in weights
+    ):
+        raise ValueError("weights: expected matrices of one width, dtype and device")
+    height, width = sum(w.shape[0] for w in weights), first.shape[1]
+    buffer = torch.zeros(
+        (height + room.rows, width + room.columns), dtype=first.dtype, device=first.device
+    )
+    views, start = [], 0
+    for w in weights:
+        view = buffer[start : start + w.shape[0], :width]
+        view.copy_(w)
+        views.append(view)
+        start += w.shape[0]
+    _forget()
+    storage = buffer.untyped_storage()
+    _KNOWN[storage._cdata] = _Entry(storage, height, width, room)
+    return views
+
+
+def _forget() -> None:
+    for key in [k for k, entry in _KNOWN.items() if entry.weak.expired()]:
+        del _KNOWN[key]
+
+
+def find(weights: Sequence[torch.Tensor], columns: int, rows: int) -> Roomy | None:
+    """The buffer that these weights fill, if it has this much room; None otherwise.
+
+    Args:
+        weights: (N_j, K) each, in the order in which they must lie.
+        columns, rows: what is to be written behind and below.
+    """
+    first = weights[0]
+    storage = first.untyped_storage()
+    entry = _KNOWN.get(storage._cdata)
+    if entry is None or entry.weak.expired():
+        return None
+    if columns > entry.room.columns or rows > entry.room.rows:
+        return None
+    step, start = entry.width + entry.room.columns, 0
+    for w in weights:
+        height, width = w.shape
+        same = width == entry.width and w.stride() == (step, 1)
+        same = same and w.storage_offset() == start * step
+        if not same or (w is not first and w.untyped_storage()._cdata != storage._cdata):
+            return None
+        start += height
+    if start != entry.height:
+        return None
+    buffer = _part(first, 0, (entry.height + entry.room.rows, step), (step, 1))
+    return Roomy(buffer, entry.height, entry.width, entry)
+
+
+def owned(weight: torch.Tensor) -> bool:
+    """Whether ``weight`` is a view of a buffer made here."""
+    entry = _KNOWN.get(weight.untyped_storage()._cdata)
+    return entry is not None and not entry.weak.expired()
+
+
+def empty_roomy(
+    shape: Sequence[int], room: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A new tensor of ``shape`` whose last dimension has ``room`` more elements behind it."""
+    if not room:
+        return torch.empty(shape, dtype=dtype, device=device)
+    *lead, width = shape
+    whole = torch.empty((*lead, width + room), dtype=dtype, device=device)
+    return _part(whole, 0, shape, whole.stride())
+
+
+def _part(
+    of: torch.Tensor, offset: int, shape: Sequence[int], strides: Sequence[int]
+) -> torch.Tensor:
+    """A tensor on the storage of ``of`` that autograd does not take for a view of it."""
+    with torch.no_grad():
+        out = torch.empty(0, dtype=of.dtype, device=of.device)
+        return out.set_(of.untyped_storage(), offset, tuple(shape), tuple(strides))
+
+
+def columns_of(whole: torch.Tensor, widths: Sequence[int]) -> list[torch.Tensor]:
+    """A dense tensor's last dimension cut into pieces of these widths, which share its storage."""
+    if len(widths) == 1:
+        return [whole]
+    pieces, start = [], 0
+    for width in widths:
+        shape = (*whole.shape[:-1], width)
+        pieces.append(_part(whole, whole.storage_offset() + start, shape, whole.stride()))
+        start += width
+    return pieces
+
+
+def fake_roomy(
+    like: torch.Tensor, shape: Sequence[int], room: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The shape and strides of :func:`empty_roomy`, for fake tensors."""
+    strides, step = [1], shape[-1] + room
+    for size in reversed(shape[1:-1]):
+        strides.append(step)
+        step = step * size
+    if len(shape) > 1:
+        strides.append(step)
+    return like.new_empty_strided(tuple(shape), tuple(reversed(strides)), dtype=dtype)
+
+
+def widened(rows: torch.Tensor, room: int) -> torch.Tensor | None:
+    """``rows`` (T, K) with the room behind its rows, (T, K + room); None if there is none.
+
+    Only for tensors whose maker left that room; see ``empty_roomy``.
+    """
+    count, width = rows.shape
+    step = rows.stride(0)
+    if rows.stride(1) != 1 or step < width + room or count == 0:
+        return None
+    end = rows.storage_offset() + (count - 1) * step + width + room
+    storage = rows.untyped_storage()
+    if end * rows.element_size() > storage.nbytes():
+        return None
+    return _part(rows, rows.storage_offset(), (count, width + room), (step, 1))
