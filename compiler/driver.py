@@ -41,8 +41,9 @@ def report(model: Any) -> explain.CoverageReport:
 
 def restore(model: Any) -> None:
     """Take the installed forwards off the model."""
-    _required(model)
+    session = _required(model)
     capture.remove(model)
+    session.stored.release()
 
 
 def _session(model: nn.Module) -> Session | None:

@@ -216,3 +216,19 @@ def inherit_provenance(node: fx.Node, source: fx.Node) -> None:
 def calls(graph: fx.Graph) -> Iterator[fx.Node]:
     """The call nodes in order."""
     return (n for n in graph.nodes if n.op == "call_function")
+
+
+_RANDOM = frozenset({"dropout", "bernoulli", "bernoulli_", "rand", "randn", "native_dropout"})
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the call draws random numbers."""
+    name = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
+    if name == "scaled_dot_product_attention":
+        return bool(argument(node, 4, 0.0))
+    return name in _RANDOM
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Whether the call does more than yield a value: its place among others of the kind counts."""
+    return is_random(node) or node.is_impure()

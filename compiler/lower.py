@@ -18,8 +18,6 @@ from fusewright.compiler import ir
 
 aten = torch.ops.aten
 
-_RANDOM = frozenset({"dropout", "bernoulli", "bernoulli_", "rand", "randn", "native_dropout"})
-
 
 def choose(requested: str, graph: fx.Graph) -> str:
     """The lowering for ``auto``: Inductor where the region runs on a GPU, plain FX elsewhere."""
@@ -80,11 +78,4 @@ def _inductor(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., An
 def _draws(gm: fx.GraphModule) -> bool:
     """Whether the graph draws random numbers: Inductor's own generator gives other masks."""
     graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
-    return any(_is_random(node) for graph in graphs for node in ir.calls(graph))
-
-
-def _is_random(node: fx.Node) -> bool:
-    name = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
-    if name == "scaled_dot_product_attention":
-        return bool(ir.argument(node, 4, 0.0))
-    return name in _RANDOM
+    return any(ir.is_random(node) for graph in graphs for node in ir.calls(graph))

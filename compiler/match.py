@@ -26,6 +26,10 @@ class Pattern(Protocol):
 
     ``anchors`` yields the rare node of each possible site; ``candidates`` yields claims about one
     site, or raises Refused with the reason.
+
+    A pattern may also have ``regroup(graph)``, called once its sites are rewritten, to join its own
+    ops, and ``settle(graph) -> list[Storage]``, called when all patterns are done, to fit them to
+    their neighbours and to say how parameters are to be stored.
     """
 
     name: str

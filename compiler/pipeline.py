@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusewright.compiler import autocast, dump, ir, lazy, lower, rewrite
+from fusewright.compiler import autocast, dump, ir, lazy, lower, rewrite, storage
 from fusewright.compiler.match import Match, find
 from fusewright.compiler.normalize import NotNormalizable, normalize, simplify
 from fusewright.compiler.records import GraphBreak, GraphRecord, Verdict
 from fusewright.compiler.session import Session
+from fusewright.compiler.storage import NeedsStorage
 from fusewright.compiler.verify import verify
 
 log = logging.getLogger("fusewright")
@@ -45,6 +46,9 @@ def compile_graph(
     try:
         with unseen_by_checkpoints():
             return _compile(gm, example_inputs, session, record)
+    except NeedsStorage:
+        session.records.remove(record)  # the capture is repeated
+        raise
     except Exception as error:
         # Whatever goes wrong in compiling, training goes on with the graph as captured.
         record.failure = _describe(error)
@@ -80,6 +84,7 @@ def _compile(
     rewritten = copy.deepcopy(canonical)
     with _timed(record, "match"):
         deferred = match_and_rewrite(rewritten, session, record)
+        session.require(storage.wishes(settle(rewritten, session), gm.graph, rewritten.graph))
     writer.graph("02_rewrite", rewritten)
     record.canonical, record.rewritten = canonical, rewritten
     if not record.matches:
@@ -179,10 +184,26 @@ def match_and_rewrite(
                 deferred = lazy.defer(graph, found.candidate, deferrable)
             rewrite.apply(found, graph)
             record.matches.append(found)
+        if hasattr(pattern, "regroup"):
+            pattern.regroup(graph)
     graph.eliminate_dead_code()
     graph.lint()
     gm.recompile()
     return deferred
+
+
+def settle(gm: fx.GraphModule, session: Session) -> list[storage.Storage]:
+    """Fit the patterns' ops to their neighbours; returns how parameters are to be stored."""
+    wanted = [
+        wish
+        for pattern in session.options.patterns
+        if hasattr(pattern, "settle")
+        for wish in pattern.settle(gm.graph)
+    ]
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    return wanted
 
 
 def _verified(

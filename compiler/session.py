@@ -15,6 +15,8 @@ from torch import nn
 
 from fusewright.compiler.config import Options
 from fusewright.compiler.records import GraphRecord
+from fusewright.compiler.storage import NeedsStorage, Wish
+from fusewright.compiler.stored import Stored
 from fusewright.runtime.module import uninstall
 
 RECOMPILE_LIMIT = 64
@@ -95,7 +97,9 @@ class Session:
         self._hooks: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], int]]
         self._hooks = weakref.WeakKeyDictionary()
         self.settings = {kind: dynamo_settings(kind) for kind in ("block", "leaf", "head")}
+        self.stored = Stored(self.note)
         self._running = ""
+        self._module: nn.Module | None = None
         self._ran: GraphRecord | None = None
         self._pending: list[GraphRecord] = []
 
@@ -119,13 +123,16 @@ class Session:
     ) -> Any:
         """Run a compiled region for ``module`` under our Dynamo settings and note which graph ran."""
         outer, self._running, self._ran = self._running, self.paths.get(module, "?"), None
+        outside, self._module = self._module, module
         mark_rows(args)
         mark_rows(kwargs.values())
+        self.stored.check(module, self._running)
         revert = self.settings[kind]()
         try:
-            return compiled(module, *args, **kwargs)
+            return self._run(compiled, module, args, kwargs)
         finally:
             revert()
+            self._module = outside
             if self._ran is None:
                 self.current.pop(self._running, None)
                 self.uncaptured.setdefault(
@@ -138,6 +145,24 @@ class Session:
                     # Nothing to gain here: the original forward saves Dynamo's guards.
                     uninstall(module)
             self._running = outer
+
+    def _run(self, compiled: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The compiled call, once more where compiling it asked for another storage first."""
+        try:
+            return compiled(module, *args, **kwargs)
+        except RuntimeError as error:  # Dynamo's BackendCompilerFailed
+            wanted = getattr(error, "inner_exception", None)
+            if not isinstance(wanted, NeedsStorage):
+                raise
+        self.stored.ask(module, self._running, wanted.wishes)
+        return compiled(module, *args, **kwargs)
+
+    def require(self, wishes: list[Wish]) -> None:
+        """Raise NeedsStorage if the running module's parameters are still to be moved."""
+        if self._module is not None:
+            missing = self.stored.missing(self._module, wishes)
+            if missing:
+                raise NeedsStorage(missing)
 
     def hooked_since(self, module: nn.Module) -> bool:
         """Whether hooks inside ``module`` changed since its first call; compiled code misses them."""

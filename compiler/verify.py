@@ -146,7 +146,8 @@ def _run(
     leaves: list[Any] = []
     for value, wants in cut:
         if isinstance(value, torch.Tensor):
-            value = value.clone()
+            # What gets no gradient is not copied: a kernel may know a frozen weight by its memory.
+            value = value.clone() if wants else value.detach()
             if dtype is not None and value.is_floating_point():
                 value = value.to(dtype)
             value.requires_grad_(wants)

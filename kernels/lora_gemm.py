@@ -15,6 +15,12 @@ from fusewright.kernels.reduce import absent
 from fusewright.kernels.room import Roomy
 
 
+def has_room(group: Group) -> bool:
+    """Whether the weights lie where the augmented product needs them."""
+    how = plan(group)
+    return room.find(group.weights, how.columns, how.thin) is not None
+
+
 def forward(group: Group, roomy: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """y (..., sum N_j) and the thin products (T, sum r_i), scaled, in the adapters' dtype."""
     x, how = group.x, plan(group)

@@ -77,6 +77,11 @@ class Roomy(NamedTuple):
             self.entry.layout = layout
 
 
+def serves(device: torch.device) -> bool:
+    """Whether the augmented product pays there: the reference has no use for it."""
+    return device.type == "cuda"
+
+
 def needed(columns: int, rows: int) -> Room:
     """The room that these many columns and rows ask for."""
     return Room(-(-columns // _UNIT) * _UNIT, -(-rows // _UNIT) * _UNIT)

@@ -58,9 +58,7 @@ def _norm_fwd(forward: Callable[..., Any]) -> Implementation:
 
     def roomy(x: torch.Tensor, *args: Any) -> Any:
         *given, out_dtype, room = args
-        return forward(
-            x, *given, out_dtype, out=empty_roomy(x.shape, room, out_dtype, x.device)
-        )
+        return forward(x, *given, out_dtype, out=empty_roomy(x.shape, room, out_dtype, x.device))
 
     return roomy
 

@@ -2,8 +2,9 @@
 
 Anchor: two linear maps in a row of which the first is thin. Growing: the scale, the casts around
 the adapter (PEFT keeps float32 adapters beside a bf16 base), and the sum with the base layer's
-output, which must read the same x. Adapters with dropout stay as they are. The backward is derived
-in kernels/lora.py.
+output, which must read the same x. An adapter that drops out its input keeps that dropout: the mask
+is drawn where the model draws it, and the op reads what is left. Layers of one input are put together
+afterwards, by patterns/lora_groups.py. The backward is derived in kernels/lora.py.
 """
 
 from __future__ import annotations
@@ -19,16 +20,22 @@ from torch import fx
 from fusewright.compiler import ir
 from fusewright.compiler.match import Refused
 from fusewright.compiler.prove import Candidate, Rounder
-from fusewright.compiler.rewrite import call
+from fusewright.compiler.rewrite import call, item
+from fusewright.compiler.storage import Storage
+from fusewright.patterns import lora_groups
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class _Adapter:
-    """One low-rank branch, from the layer's input to what is added to the base's output."""
+    """One low-rank branch, from the layer's input to what is added to the base's output.
+
+    ``dropped`` is what it reads where that is not the layer's input itself.
+    """
 
     x: fx.Node
+    dropped: fx.Node | None
     down: fx.Node
     up: fx.Node
     scale: float
@@ -44,7 +51,7 @@ class LoRA:
     def anchors(self, graph: fx.Graph) -> Iterator[fx.Node]:
         """Second halves of two linear maps in a row through a thin waist."""
         for node in ir.calls(graph):
-            if _thin_pair(node) is not None:
+            if _thin_pair(node) is not None or _looks_added(node):
                 yield node
 
     def candidates(self, anchor: fx.Node) -> Iterator[Candidate]:
@@ -55,16 +62,51 @@ class LoRA:
         for result in (*results, out):
             yield _candidate(base, adapters, result, nodes | {result})
 
+    def regroup(self, graph: fx.Graph) -> None:
+        """Put the layers of one input together."""
+        lora_groups.merge(graph)
+
+    def settle(self, graph: fx.Graph) -> list[Storage]:
+        """Let producers leave room for the adapters, and say how the weights are to be stored."""
+        return lora_groups.settle(graph)
+
+
+def _pair(node: fx.Node) -> fx.Node | None:
+    """The first map, if ``node`` is the second of two bias-free linear maps in a row."""
+    first = ir.strip_casts(node.args[0]) if _plain_linear(node) else None  # type: ignore[arg-type]
+    return first if _plain_linear(first) else None
+
 
 def _thin_pair(node: fx.Node) -> fx.Node | None:
-    """The first map, if ``node`` is the second of two bias-free linear maps with a thin waist."""
-    if not _plain_linear(node):
+    """The first map, if there are two with a thin waist between them."""
+    first = _pair(node)
+    if first is None:
         return None
-    first = ir.strip_casts(node.args[0])  # type: ignore[arg-type]
-    if not _plain_linear(first):
-        return None
-    (rank, width), height = ir.shape(first.args[1]), ir.shape(node.args[1])[0]  # type: ignore[arg-type]
+    rank, width, height = _extents(first, node)
     return first if rank < min(width, height) else None
+
+
+def _extents(first: fx.Node, second: fx.Node) -> tuple[Any, Any, Any]:
+    (rank, width), height = ir.shape(first.args[1]), ir.shape(second.args[1])[0]  # type: ignore[arg-type]
+    return rank, width, height
+
+
+def _looks_added(node: fx.Node) -> bool:
+    """Whether two maps in a row are added, scaled or not, to a third map of the same input."""
+    first, total = _pair(node), node
+    if first is None:
+        return False
+    x = ir.strip_casts(first.args[0])  # type: ignore[arg-type]
+    while len(total.users) == 1:
+        (user,) = total.users
+        if ir.is_call(user, aten.add.Tensor):
+            other = ir.other_operand(user, total)
+            base = ir.strip_casts(other) if ir.is_tensor(other) else None
+            return ir.is_call(base, aten.linear.default) and ir.strip_casts(base.args[0]) is x  # type: ignore[union-attr, arg-type]
+        if not ir.is_call(user, aten.mul.Tensor) and not ir.is_cast(user):
+            return False
+        total = user
+    return False
 
 
 def _plain_linear(node: Any) -> bool:
@@ -72,20 +114,24 @@ def _plain_linear(node: Any) -> bool:
 
 
 def _adapter(second: fx.Node) -> _Adapter:
-    first = _thin_pair(second)
+    first = _pair(second)
     if first is None:
         raise Refused("not two linear maps in a row")
+    rank, width, height = _extents(first, second)
+    if not rank < min(width, height):
+        raise Refused(f"the waist of {rank} is not narrower than the layer, {height} x {width}")
     nodes = {first, second}
     middle: Any = second.args[0]
     while middle is not first:
         nodes.add(middle)
         middle = middle.args[0]
     x: Any = first.args[0]
+    dropped = x if ir.is_call(x, aten.dropout.default) else None
+    if dropped is not None:
+        x = ir.strip_casts(dropped.args[0])
     while ir.widens(x):
         nodes.add(x)
         x = x.args[0]
-    if ir.is_call(x, aten.dropout.default):
-        raise Refused(f"the adapter drops out its input (p={x.args[1]})")
     scale, out = 1.0, second
     while len(out.users) == 1:
         (user,) = out.users
@@ -96,7 +142,8 @@ def _adapter(second: fx.Node) -> _Adapter:
             break
         nodes.add(user)
         out = user
-    return _Adapter(x, first.args[1], second.args[1], scale, out, frozenset(nodes))  # type: ignore[arg-type]
+    weights: Any = (first.args[1], second.args[1])
+    return _Adapter(x, dropped, *weights, scale, out, frozenset(nodes))
 
 
 def _collect(
@@ -175,21 +222,28 @@ def _candidate(
     scales = [a.scale for a in adapters]
     bias: Any = base.args[2] if len(base.args) > 2 else None
     inputs: dict[str, fx.Node | None] = {"x": x, "base": base}
+    own = [a.dropped for a in adapters if a.dropped is not None]
+    source = [-1 if a.dropped is None else own.index(a.dropped) for a in adapters]
     for i, adapter in enumerate(adapters):
         inputs[f"a{i}"], inputs[f"b{i}"] = adapter.down, adapter.up
-    out_dtype = ir.dtype(out)
+    inputs |= {f"d{i}": node for i, node in enumerate(own)}
+    out_dtype, count = ir.dtype(out), len(adapters)
 
     def formula(t: dict[str, Any], rounder: Rounder) -> list[torch.Tensor]:
         y = t["base"]
         for i, scale in enumerate(scales):
-            y = y + scale * F.linear(F.linear(t["x"], t[f"a{i}"]), t[f"b{i}"])
+            read = t["x"] if source[i] < 0 else t[f"d{source[i]}"]
+            y = y + scale * F.linear(F.linear(read, t[f"a{i}"]), t[f"b{i}"])
         return [y]
 
     def emit(graph: fx.Graph, read: Mapping[str, Any]) -> list[fx.Node]:
-        downs = [read[f"a{i}"] for i in range(len(scales))]
-        ups = [read[f"b{i}"] for i in range(len(scales))]
-        args = (read["x"], read["weight"], read["bias"], downs, ups, scales, out_dtype)
-        return [call(graph, torch.ops.fusewright.lora_linear.default, args, out)]
+        downs = [read[f"a{i}"] for i in range(count)]
+        ups = [read[f"b{i}"] for i in range(count)]
+        drops = [read[f"d{i}"] for i in range(len(own))]
+        group = (read["x"], drops, [read["weight"]], [read["bias"]], downs, ups)
+        layout = ([0] * count, source, scales, [ir.shape(base)[-1]], out_dtype, False, False)
+        made = call(graph, torch.ops.fusewright.lora_group.default, (*group, *layout), out)
+        return [item(graph, item(graph, made, 0), 0)]
 
     ranks = [ir.shape(a.down)[0] for a in adapters]
     return Candidate(
@@ -199,8 +253,8 @@ def _candidate(
         outputs=(out,),
         formula=formula,
         emit=emit,
-        params={"r": ranks[0] if len(ranks) == 1 else ranks, "scale": scales},
+        params={"r": ranks[0] if len(ranks) == 1 else ranks, "scale": scales, "dropout": bool(own)},
         cast="output",
-        scaled=("x",),
-        kernel="lora_linear",
+        scaled=("x", *(f"d{i}" for i in range(len(own)))),
+        kernel="lora_group",
     )

@@ -109,7 +109,7 @@ def test_the_shortcut_is_taken_by_plain_tensors_only() -> None:
 
 
 def test_operators_with_lists_are_dispatched() -> None:
-    operator = OPS.lora_linear.default
+    operator = OPS.lora_group.default
     assert shortcut(operator, lambda *_: None) is operator
 
 

@@ -1,0 +1,248 @@
+"""After the adapters are matched: layers of one input together, and room for the augmented product.
+
+``merge`` makes one ``lora_group`` of all that read the same x, frozen layers without adapters
+included, and hands out the results as pieces of one tensor; a gated unit that takes two of them as
+halves then writes both gradients into one buffer. ``settle`` runs last: pieces that are still in use
+become results of their own, the producers of x and of the gradient leave room behind their rows where
+nobody else would see it, and the weights are asked for in one buffer (kernels/room.py).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fusewright.compiler import ir, order
+from fusewright.compiler.legality import mutations
+from fusewright.compiler.rewrite import call, item
+from fusewright.compiler.storage import Storage
+from fusewright.kernels import room
+from fusewright.kernels.lora_group import Group, plan, takes
+
+aten = torch.ops.aten
+
+_ALIGNED = 8  # columns; a piece that starts elsewhere would start within 16 bytes
+# Where the arguments of lora_group are.
+_X, _INPUTS, _WEIGHTS, _BIASES, _DOWN, _UP, _MEMBER, _SOURCE, _SCALES = range(9)
+_WIDTHS, _DTYPE, _ROOMY, _GRAD_ROOMY = range(9, 13)
+
+
+def _op() -> Any:
+    return torch.ops.fusewright.lora_group.default
+
+
+def _groups(graph: fx.Graph) -> list[fx.Node]:
+    return [n for n in ir.calls(graph) if n.target is _op()]
+
+
+def _args(node: fx.Node) -> list[Any]:
+    return list(node.args)
+
+
+def merge(graph: fx.Graph) -> None:
+    """One group per x, where the results' users can wait for it."""
+    if mutations(graph):
+        return
+    by_input: dict[fx.Node, list[fx.Node]] = {}
+    for node in _groups(graph):
+        if _mergeable(node):
+            by_input.setdefault(_args(node)[_X], []).append(node)
+    for x, members in by_input.items():
+        plain = [u for u in x.users if _frozen_linear(u, x, members[0])]
+        together = [n for n in graph.nodes if n in members or n in plain]
+        if len(together) > 1:
+            _merge(graph, together)
+
+
+def _mergeable(node: fx.Node) -> bool:
+    args = _args(node)
+    return all(_frozen(w) for w in args[_WEIGHTS]) and _kind(node) is not None
+
+
+def _kind(node: fx.Node) -> Any:
+    """What layers must have in common; None where the augmented product does not serve them."""
+    group = Group(*fx.map_arg(tuple(_args(node)[:9]), ir.value))
+    fits = takes(group, _args(node)[_DTYPE]) and group.weights[0].shape[0] % _ALIGNED == 0
+    return (group.x.dtype, group.dtype) if fits else None
+
+
+def _frozen(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "placeholder" and not _trained(node)
+
+
+def _trained(node: fx.Node) -> bool:
+    return bool(node.meta.get("requires_grad"))
+
+
+def _frozen_linear(node: fx.Node, x: fx.Node, like: fx.Node) -> bool:
+    """A frozen layer without an adapter that reads x too."""
+    if not ir.is_call(node, aten.linear.default) or node.args[0] is not x:
+        return False
+    weight, bias = node.args[1], ir.argument(node, 2)
+    same = (
+        ir.dtype(node) == _args(like)[_DTYPE] == ir.dtype(x) and ir.shape(node)[-1] % _ALIGNED == 0
+    )
+    return same and _frozen(weight) and (bias is None or _frozen(bias))
+
+
+def _as_group(node: fx.Node) -> list[Any]:
+    """The arguments of a member, a plain layer as a group without adapters."""
+    if node.target is _op():
+        return _args(node)
+    weight, bias = node.args[1], ir.argument(node, 2)
+    widths = [ir.shape(node)[-1]]
+    return [
+        node.args[0],
+        [],
+        [weight],
+        [bias],
+        [],
+        [],
+        [],
+        [],
+        [],
+        widths,
+        ir.dtype(node),
+        False,
+        False,
+    ]
+
+
+def _result(member: fx.Node) -> fx.Node:
+    """The node that stands for a member's y."""
+    if member.target is not _op():
+        return member
+    ys = next(u for u in member.users if u.args[1] == 0)
+    return next(iter(ys.users))
+
+
+def _merge(graph: fx.Graph, members: Sequence[fx.Node]) -> None:
+    if len({_kind(m) for m in members if m.target is _op()}) > 1:
+        return
+    joined = _as_group(members[0])
+    for member in members[1:]:
+        more = _as_group(member)
+        offset, layers = len(joined[_INPUTS]), len(joined[_WEIGHTS])
+        more[_MEMBER] = [j + layers for j in more[_MEMBER]]
+        more[_SOURCE] = [i + offset if i >= 0 else i for i in more[_SOURCE]]
+        for at in (_INPUTS, _WEIGHTS, _BIASES, _DOWN, _UP, _MEMBER, _SOURCE, _SCALES, _WIDTHS):
+            joined[at] = [*joined[at], *more[at]]
+    heights, joined[_WIDTHS] = joined[_WIDTHS], [sum(joined[_WIDTHS])]
+    results = [_result(m) for m in members]
+    with graph.inserting_before(members[-1]):
+        y = item(graph, item(graph, call(graph, _op(), joined, results[0]), 0), 0)
+        pieces = call(graph, aten.split_with_sizes.default, (y, heights, -1), results[0])
+        made = [item(graph, pieces, i) for i in range(len(heights))]
+    for old, new in zip(results, made, strict=True):
+        ir.inherit_provenance(new, old)
+        old.replace_all_uses_with(new)
+    if order.restore(graph):
+        graph.eliminate_dead_code()
+        return
+    for old, new in zip(results, made, strict=True):  # no order would serve: as it was
+        new.replace_all_uses_with(old)
+    graph.eliminate_dead_code()
+
+
+def settle(graph: fx.Graph) -> list[Storage]:
+    """See the module's docstring."""
+    wanted = []
+    for node in _groups(graph):
+        args = _args(node)
+        if not all(_frozen(w) for w in args[_WEIGHTS]) or not args[_DOWN] or _kind(node) is None:
+            continue
+        if room.serves(ir.value(args[_X]).device):
+            how = plan(Group(*fx.map_arg(tuple(args[:9]), ir.value)))
+            space = room.needed(how.columns, how.thin)
+            _make_room(graph, node, space)
+            wanted.append(_storage(node, space))
+        _separate(graph, node)
+    return wanted
+
+
+def _storage(node: fx.Node, space: room.Room) -> Storage:
+    weights = tuple(_args(node)[_WEIGHTS])
+
+    def holds(tensors: Sequence[torch.Tensor]) -> bool:
+        return room.find(tensors, space.columns, space.rows) is not None
+
+    def make(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return room.allocate(tensors, space)
+
+    return Storage(weights, make, holds, room.owned, "lora")
+
+
+def _pieces(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """y of a group that hands it out whole, and its split if it is only split."""
+    ys = next(u for u in node.users if u.args[1] == 0)
+    y = next(iter(ys.users))
+    splits = [u for u in y.users if ir.is_call(u, aten.split_with_sizes.default)]
+    return y, splits[0] if len(splits) == 1 and len(y.users) == 1 else None
+
+
+def _separate(graph: fx.Graph, node: fx.Node) -> None:
+    """Hand out the pieces as results of their own where they are used one by one."""
+    args = _args(node)
+    if len(args[_WEIGHTS]) < 2 or len(args[_WIDTHS]) != 1:
+        return
+    _, split = _pieces(node)
+    if split is None:
+        return
+    args[_WIDTHS] = list(split.args[1])  # type: ignore[call-overload]
+    with graph.inserting_before(node):
+        ys = item(graph, call(graph, _op(), args, node), 0)
+        made = [item(graph, ys, i) for i in range(len(args[_WIDTHS]))]
+    for old in list(split.users):
+        new = made[old.args[1]]  # type: ignore[index]
+        ir.inherit_provenance(new, old)
+        old.replace_all_uses_with(new)
+        graph.erase_node(old)
+    order.restore(graph)
+    graph.eliminate_dead_code()
+
+
+def _make_room(graph: fx.Graph, node: fx.Node, space: room.Room) -> None:
+    """Have x, and the gradient of y, made with room behind their rows."""
+    args = _args(node)
+    x = args[_X]
+    producer = x.args[0] if ir.is_call(x, operator.getitem) and x.args[1] == 0 else x
+    unseen = all(u.target is _op() or ir.is_call(u, aten.linear.default) for u in x.users)
+    if unseen and _with_room(graph, producer, room=space.columns):
+        args[_ROOMY] = True
+    y, _ = _pieces(node) if len(args[_WIDTHS]) == 1 else (None, None)
+    if y is not None and len(y.users) == 1:
+        (user,) = y.users
+        if user.args[0] is y and _with_room(graph, user, grad_room=space.rows):
+            args[_GRAD_ROOMY] = True
+    node.args = tuple(args)
+
+
+def _with_room(graph: fx.Graph, node: Any, **asked: int) -> bool:
+    """Replace the call by its variant with room, or raise what the variant leaves; False if none."""
+    if not ir.is_call(node) or getattr(node.target, "namespace", "") != "fusewright":
+        return False
+    name = node.target._schema.name.partition("::")[2]
+    variant = getattr(torch.ops.fusewright, name + "_roomy", None)
+    roomy = name.endswith("_roomy")
+    target = node.target if roomy else getattr(variant, "default", None)
+    if target is None:
+        return False
+    names = [a.name for a in target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False))
+    extra = [n for n in names if n in ("room", "grad_room")]
+    if not set(asked) <= set(extra):
+        return False
+    for n in extra:
+        given[n] = max(given.get(n, 0), asked.get(n, 0))
+    node.target, node.args = target, tuple(given[n] for n in names)
+    mode = next(v.fake_mode for v in map(ir.value, node.all_input_nodes) if hasattr(v, "fake_mode"))
+    with mode, torch.no_grad():
+        node.meta["val"] = target(*fx.map_arg(node.args, ir.value))
+    for user in node.users:
+        if ir.is_call(user, operator.getitem):
+            user.meta["val"] = ir.value(node)[user.args[1]]
+    return True
