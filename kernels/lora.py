@@ -42,6 +42,7 @@ import torch.nn.functional as F
 
 from fusewright.kernels import lora_gemm
 from fusewright.kernels.lora_group import Group, Needs, Results, takes
+from fusewright.kernels.lora_products import scaled
 from fusewright.kernels.reduce import absent
 from fusewright.kernels.room import columns_of
 from fusewright.kernels.spec import OpSpec
@@ -125,7 +126,7 @@ def reference_fwd(*args: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
     results = [F.linear(x.to(w.dtype), w, b) for w, b in pairs]
     thin = []
     for i, (a, b) in enumerate(zip(group.down, group.up, strict=True)):
-        low = F.linear(group.input_of(i).to(a.dtype), a) * group.scales[i]
+        low = scaled(group.input_of(i).to(a.dtype), a.t(), group.scales[i])
         results[group.member[i]] = results[group.member[i]] + F.linear(low, b)
         thin.append(low.reshape(-1, a.shape[0]))
     whole = torch.cat([y.to(given.out_dtype) for y in results], -1)
@@ -150,7 +151,7 @@ def reference_bwd(*args: Any) -> Results:
         branch, own = g[group.member[i]].to(b.dtype), group.input_of(i).reshape(-1, width)
         low = thin_columns(given.thin, start, a.shape[0])
         start += a.shape[0]
-        p = (branch @ b) * group.scales[i]
+        p = scaled(branch, b, group.scales[i])
         ddown.append(p.T @ own.to(a.dtype) if needs.down else absent(a))
         dup.append(branch.T @ low.to(b.dtype) if needs.up else absent(b))
         if group.source[i] < 0 and needs.x:

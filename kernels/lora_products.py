@@ -14,6 +14,13 @@ def halves(t: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Ten
     return high, (t - high.to(t.dtype)).to(dtype)
 
 
+def scaled(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale a b, rounded once to the operands' dtype."""
+    if scale == 1.0 or a.dtype in (torch.float32, torch.float64):
+        return torch.matmul(a, b) * scale
+    return (torch.matmul(a.float(), b.float()) * scale).to(a.dtype)
+
+
 def place(t: torch.Tensor, target: torch.Tensor, split: bool, dim: int) -> None:
     """A weight of an adapter into its blocks: itself, or [hi, hi, lo] along ``dim``."""
     if not split:
@@ -61,7 +68,7 @@ def right(
     parts = []
     for i, (a, s) in enumerate(zip(group.down, group.scales, strict=True)):
         own = group.input_of(i).reshape(-1, width).to(dtype)
-        parts.append(torch.mm(own, a.to(dtype).t()).mul_(s))
+        parts.append(scaled(own, a.to(dtype).t(), s))
     thin = torch.cat(parts, 1) if parts else absent(rows)
     if wide is not None:
         if copy:
@@ -89,7 +96,7 @@ def both(
         own = g[j].to(dtype)
         low = thin[:, start : start + b.shape[1]]
         start += b.shape[1]
-        p.append(torch.mm(own, b.to(dtype)).mul_(s) if wanted else absent(x))
+        p.append(scaled(own, b.to(dtype), s) if wanted else absent(x))
         dup.append(torch.mm(own.t(), low).to(b.dtype) if needs.up else absent(x))
     if wide is not None:
         width = sum(d.shape[1] for d in g)

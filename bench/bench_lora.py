@@ -1,0 +1,282 @@
+"""A layer's seven linears with LoRA on a GPU, forward and backward, over the bare frozen GEMMs.
+
+    python bench/bench_lora.py OUT.json [--quick]
+
+Contenders, each a CUDA graph of one layer's forward and backward, replayed in turn, medians:
+``base`` the seven frozen GEMMs and their dX alone; ``peft`` PEFT's own formula under autograd;
+``addmm`` hand-written products with addmm_ epilogues, as hand-written LoRA kernels do it; ``ours`` the
+registered op, with producers that leave room. The table is printed last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from roofline import table
+
+from fusewright.kernels import lora, room
+from fusewright.kernels.lora_group import Group, plan
+from fusewright.runtime.op import register_all
+
+# hidden, query heads' width, key and value heads' width, intermediate
+SHAPES = {"1B": (2048, 2048, 512, 8192), "8B": (4096, 4096, 1024, 14336),
+          "70B": (8192, 8192, 1024, 28672)}  # fmt: skip
+WANTED = {("1B", 16): 1.10, ("1B", 64): 1.18, ("8B", 16): 1.06, ("8B", 64): 1.12,
+          ("70B", 16): 1.06, ("70B", 64): 1.12}  # fmt: skip
+COLUMNS = ["shape", "rows", "r", "adapters", "base ms", "peft", "addmm", "ours", "wanted"]
+SCALE = 1.0
+Run = Callable[[], Any]
+
+
+class Layers(NamedTuple):
+    """Linears that read one x: their heights and width, and whether dy arrives as one roomy tensor."""
+
+    heights: tuple[int, ...]
+    width: int
+    roomy: bool
+    packed: bool
+
+
+def layers(shape: str) -> list[Layers]:
+    """qkv, o, gate and up, down of a model's shape, with what their neighbours can do for them."""
+    hidden, query, key, inner = SHAPES[shape]
+    return [
+        Layers((query, key, key), hidden, True, False),
+        Layers((hidden,), query, False, False),
+        Layers((inner, inner), hidden, True, True),
+        Layers((hidden,), inner, True, False),
+    ]
+
+
+@dataclass
+class Case:
+    """Inputs of one group of layers, of one dtype of base and one of adapters."""
+
+    kind: Layers
+    x: torch.Tensor
+    dys: list[torch.Tensor]
+    weights: list[torch.Tensor]
+    down: list[torch.Tensor]
+    up: list[torch.Tensor]
+
+    @classmethod
+    def make(
+        cls, kind: Layers, rows: int, rank: int, base: torch.dtype, adapters: torch.dtype
+    ) -> Case:
+        """Random inputs, scaled like a trained layer's."""
+
+        def normal(*extent: int, scale: float = 1.0, dtype: torch.dtype = base) -> torch.Tensor:
+            return torch.empty(extent, dtype=dtype, device="cuda").normal_(0, scale)
+
+        x = normal(rows, kind.width)
+        dys = [normal(rows, h) for h in kind.heights]
+        weights = [normal(h, kind.width, scale=0.02) for h in kind.heights]
+        down = [normal(rank, kind.width, scale=0.02, dtype=adapters) for _ in kind.heights]
+        up = [normal(h, rank, scale=0.02, dtype=adapters) for h in kind.heights]
+        return cls(kind, x, dys, weights, down, up)
+
+    def base(self) -> None:
+        """The frozen GEMMs and their dX."""
+        for w, dy in zip(self.weights, self.dys, strict=True):
+            torch.mm(self.x, w.t())
+            torch.mm(dy, w)
+
+    def peft(self) -> list[torch.Tensor]:
+        """PEFT's formula."""
+        x = self.x.detach().requires_grad_()
+        down, up = ([t.detach().requires_grad_() for t in g] for g in (self.down, self.up))
+        ys = []
+        for w, a, b in zip(self.weights, down, up, strict=True):
+            y = F.linear(x, w)
+            low = F.linear(F.linear(x.to(a.dtype), a), b) * SCALE
+            ys.append((y + low).to(y.dtype))
+        grads = torch.autograd.grad(ys, [x, *down, *up], self.dys)
+        return [*[y.detach() for y in ys], *grads]
+
+    def addmm(self) -> None:
+        """Thin products by cuBLAS, added by addmm_; 16-bit adapters only."""
+        dx = None
+        for w, a, b, dy in zip(self.weights, self.down, self.up, self.dys, strict=True):
+            a, b = a.to(w.dtype), b.to(w.dtype)
+            low = self.x @ a.t()
+            y = torch.mm(self.x, w.t())
+            y.addmm_(low, b.t(), alpha=SCALE)
+            p = torch.mm(dy, b)
+            _ = dy.t() @ low, p.t() @ self.x
+            dx = torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
+            dx.addmm_(p, a, alpha=SCALE)
+
+    def ours(self, roomy: bool = True) -> Callable[[], list[torch.Tensor]]:
+        """The op's host functions on what its neighbours hand over."""
+        n = len(self.weights)
+        group = Group(self.x, [], self.weights, [None] * n, self.down, self.up, list(range(n)),
+                      [-1] * n, [SCALE] * n)  # fmt: skip
+        how = plan(group)
+        space = room.needed(how.columns, how.thin)
+        x, dys, widths = self.x, self.dys, list(self.kind.heights)
+        weights = room.allocate(self.weights, space) if roomy else self.weights
+        given_room = roomy and self.kind.roomy
+        if given_room:
+            x = room.empty_roomy(x.shape, space.columns, x.dtype, x.device).copy_(x)
+        if self.kind.packed:
+            widths = [sum(widths)]
+            whole = torch.cat(dys, 1)
+            dys = [whole]
+            if roomy:
+                made = room.empty_roomy(whole.shape, space.rows, x.dtype, x.device)
+                dys = [made.copy_(whole)]
+        rest = (x, [], weights, *group[3:])
+
+        def run() -> list[torch.Tensor]:
+            ys, thin = lora.device_fwd(*rest, widths, x.dtype, given_room, self.kind.packed)
+            needs = (True, False, False, False, True, True)
+            got = lora.device_bwd(dys, thin, *rest, self.kind.packed and roomy, *needs)
+            if len(ys) != n:
+                ys = list(ys[0].split(self.kind.heights, 1))
+            return [*ys, got.x, *got.down, *got.up]
+
+        return run
+
+
+def errors() -> list[dict[str, Any]]:
+    """Mean relative error of y, dx, dA, dB against float64: ours with and without room, and PEFT's."""
+    rows = []
+    kinds = [Layers((512, 256, 256), 1024, True, False), Layers((2048, 2048), 1024, True, True),
+             Layers((1024,), 4096, False, False)]  # fmt: skip
+    for base, adapters in ((torch.bfloat16,) * 2, (torch.bfloat16, torch.float32),
+                           (torch.float16,) * 2, (torch.float32,) * 2):  # fmt: skip
+        for kind in kinds:
+            case = Case.make(kind, 1000, 16, base, adapters)
+            wide = Case(kind, *([t.double() for t in g] if isinstance(g, list) else g.double()
+                                for g in list(vars(case).values())[1:]))  # fmt: skip
+            exact = wide.peft()
+            found = {"peft": case.peft(), "room": case.ours()(), "plain": case.ours(False)()}
+            names = ["y"] * len(kind.heights) + ["dx"] + ["dA"] * len(kind.heights)
+            names += ["dB"] * len(kind.heights)
+            row: dict[str, Any] = {"base": str(base)[6:], "adapters": str(adapters)[6:],
+                                   "layers": f"{kind.heights} x {kind.width}"}  # fmt: skip
+            for which, got in found.items():
+                for name in ("y", "dx", "dA", "dB"):
+                    parts = [float((g.double() - e).norm() / e.norm())
+                             for g, e, m in zip(got, exact, names, strict=True) if m == name]  # fmt: skip
+                    row[f"{which} {name}"] = sum(parts) / len(parts)
+            row["ok"] = all(row[f"room {n}"] <= 1.02 * row[f"peft {n}"] for n in
+                            ("y", "dx", "dA", "dB"))  # fmt: skip
+            rows.append(row)
+    return rows
+
+
+def graph(run: Run) -> Run:
+    """Replay of the run as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.synchronize()
+    made = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(made):
+        run()
+    return made.replay
+
+
+def interleaved(runs: dict[str, Run], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each, taken in turn."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats + 2):
+        for name, run in runs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end))
+    return {name: statistics.median(found[2:]) for name, found in times.items()}
+
+
+def measure(shape: str, rows: int, rank: int, adapters: torch.dtype, repeats: int) -> dict[str, Any]:
+    """One layer of a model's shape: every contender over the bare GEMMs."""
+    cases = [Case.make(k, rows, rank, torch.bfloat16, adapters) for k in layers(shape)]
+    ours = [c.ours() for c in cases]
+    with torch.no_grad():
+        runs = {
+            "base": graph(lambda: [c.base() for c in cases]),
+            "addmm": graph(lambda: [c.addmm() for c in cases]),
+            "ours": graph(lambda: [run() for run in ours]),
+        }
+        parts = {f"ours {i}": graph(run) for i, run in enumerate(ours)}
+        parts |= {f"base {i}": graph(c.base) for i, c in enumerate(cases)}
+    with torch.enable_grad():
+        runs["peft"] = graph(lambda: [c.peft() for c in cases])
+    found = interleaved(runs, repeats)
+    each = interleaved(parts, max(5, repeats // 2))
+    row: dict[str, Any] = {"shape": shape, "rows": rows, "r": rank, "adapters": str(adapters)[6:],
+                           "base ms": found["base"]}  # fmt: skip
+    row |= {n: found[n] / found["base"] for n in ("peft", "addmm", "ours")}
+    row["wanted"] = WANTED[shape, rank]
+    row["groups"] = {
+        name: [each[f"base {i}"], each[f"ours {i}"]]
+        for i, name in enumerate(("qkv", "o", "gate up", "down"))
+    }
+    return row
+
+
+def memory() -> list[dict[str, Any]]:
+    """How much larger the weights are with room, of all linears of a layer."""
+    out = []
+    for shape in SHAPES:
+        for rank in (16, 64):
+            plain = sum(sum(k.heights) * k.width for k in layers(shape))
+            roomy = 0
+            for k in layers(shape):
+                space = room.needed(rank * len(k.heights), rank * len(k.heights))
+                roomy += (sum(k.heights) + space.rows) * (k.width + space.columns)
+            out.append({"shape": shape, "r": rank, "growth": roomy / plain - 1})
+    return out
+
+
+def main() -> None:
+    """Measure, write JSON, print tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    begin = time.monotonic()
+    register_all()
+    torch.manual_seed(0)
+    found: dict[str, Any] = {
+        "command": "PYTHONPATH=src python bench/bench_lora.py OUT.json",
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "memory": memory(),
+        "errors": errors(),
+        "rows": [],
+    }
+    cases = [(s, t, r, torch.bfloat16) for s in SHAPES for t in (4096, 8192) for r in (16, 64)]
+    cases += [(s, 4096, 16, torch.float32) for s in SHAPES]
+    if options.quick:
+        cases = [("1B", 8192, 16, torch.bfloat16), ("8B", 4096, 16, torch.bfloat16),
+                 ("8B", 4096, 64, torch.bfloat16), ("8B", 4096, 16, torch.float32)]  # fmt: skip
+    for case in cases:
+        found["rows"].append(measure(*case, repeats=12))
+        torch.cuda.empty_cache()
+        with open(options.out, "w") as file:
+            json.dump(found, file, indent=1)
+    print(table(found["errors"], list(found["errors"][0])))
+    for row in found["rows"]:
+        parts = {k: f"{o / b:.3f}" for k, (b, o) in row["groups"].items()}
+        print(row["shape"], row["rows"], row["r"], row["adapters"], parts)
+    print(table(found["rows"], COLUMNS))
+    print({f"{m['shape']} r={m['r']}": f"{m['growth']:.2%}" for m in found["memory"]})
+    print(f"{time.monotonic() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
