@@ -165,14 +165,14 @@ def test_not_worse_than_pefts_formula(
     base: torch.dtype, thin: torch.dtype, adapters: str, form: str, device: str
 ) -> None:
     draws = []
-    for seed in range(6):
+    for seed in range(12):
         case = Case.draw(seed, base, thin, ADAPTERS[adapters], (0, 2), device)
         oracle = step(case.double(), "formula")
         draws.append((step(FORMS[form](case), "op"), step(case, "formula"), oracle))
     for at, result in enumerate(draws[0][0]):
-        # 16 bits: a twentieth is the luck of six draws. float32: both errors are a last bit or two of
+        # 16 bits: a tenth is the luck of twelve draws. float32: both errors are a last bit or two of
         # sums that a library takes in an order of its own.
-        factor = 2.0 if result.dtype is FP32 else 1.05
+        factor = 2.0 if result.dtype is FP32 else 1.1
         one = [((o[at],), (e[at],), (x[at],)) for o, e, x in draws]
         assert_not_worse_pooled(one, (f"result {at}",), factor)
 
