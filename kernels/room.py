@@ -10,8 +10,8 @@ and each layer's ``weight`` is a view of its part. What lies behind the rows and
 nobody but the kernels, which write the adapters there. The room starts as zeros.
 
 A tensor's strides do not tell whose the bytes behind its rows are, so buffers are remembered here by
-their storage, weakly: a storage that is gone is forgotten, and its address is not mistaken for a new
-one's.
+the weights' addresses, as long as the memory lives. Each weight has a storage object of its own on
+that memory: to whoever saves a model, weights that lie side by side share nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 _UNIT = 16  # columns and rows of room come in multiples, so that every row starts aligned
 
@@ -37,11 +38,17 @@ class _Entry:
 
     def __init__(self, storage: torch.UntypedStorage, height: int, width: int, room: Room) -> None:
         self.weak = StorageWeakRef(storage)
+        self.address = storage.data_ptr()
         self.height, self.width, self.room = height, width, room
         self.layout: Any = None
 
+    def storage(self) -> torch.UntypedStorage | None:
+        """The buffer's storage, or None once it is gone."""
+        found: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(self.weak.cdata)
+        return found
 
-_KNOWN: dict[int, _Entry] = {}
+
+_KNOWN: dict[int, _Entry] = {}  # by the address of a weight
 
 
 class Roomy(NamedTuple):
@@ -110,15 +117,16 @@ def allocate(weights: Sequence[torch.Tensor], room: Room) -> list[torch.Tensor]:
     buffer = torch.zeros(
         (height + room.rows, width + room.columns), dtype=first.dtype, device=first.device
     )
+    _forget()
+    storage = buffer.untyped_storage()
+    entry = _Entry(storage, height, width, room)
     views, start = [], 0
     for w in weights:
         view = buffer[start : start + w.shape[0], :width]
         view.copy_(w)
-        views.append(view)
         start += w.shape[0]
-    _forget()
-    storage = buffer.untyped_storage()
-    _KNOWN[storage._cdata] = _Entry(storage, height, width, room)
+        views.append(from_dlpack(to_dlpack(view)))
+        _KNOWN[view.data_ptr()] = entry
     return views
 
 
@@ -135,29 +143,27 @@ def find(weights: Sequence[torch.Tensor], columns: int, rows: int) -> Roomy | No
         columns, rows: what is to be written behind and below.
     """
     first = weights[0]
-    storage = first.untyped_storage()
-    entry = _KNOWN.get(storage._cdata)
-    if entry is None or entry.weak.expired():
-        return None
-    if columns > entry.room.columns or rows > entry.room.rows:
+    entry = _KNOWN.get(first.data_ptr())
+    if entry is None or columns > entry.room.columns or rows > entry.room.rows:
         return None
     step, start = entry.width + entry.room.columns, 0
     for w in weights:
-        height, width = w.shape
-        same = width == entry.width and w.stride() == (step, 1)
-        same = same and w.storage_offset() == start * step
-        if not same or (w is not first and w.untyped_storage()._cdata != storage._cdata):
+        there = w.data_ptr() == entry.address + start * step * first.element_size()
+        if not there or w.shape[1] != entry.width or w.stride() != (step, 1):
             return None
-        start += height
-    if start != entry.height:
+        start += w.shape[0]
+    storage = entry.storage() if start == entry.height else None
+    if storage is None:
         return None
-    buffer = _part(first, 0, (entry.height + entry.room.rows, step), (step, 1))
+    with torch.no_grad():
+        buffer = torch.empty(0, dtype=first.dtype, device=first.device)
+        buffer.set_(storage, 0, (entry.height + entry.room.rows, step), (step, 1))
     return Roomy(buffer, entry.height, entry.width, entry)
 
 
 def owned(weight: torch.Tensor) -> bool:
     """Whether ``weight`` is a view of a buffer made here."""
-    entry = _KNOWN.get(weight.untyped_storage()._cdata)
+    entry = _KNOWN.get(weight.data_ptr())
     return entry is not None and not entry.weak.expired()
 
 

@@ -304,13 +304,16 @@ def test_room_is_found_by_the_memory_not_by_its_strides() -> None:
 
 
 def test_room_of_freed_weights_is_forgotten() -> None:
-    views = room.allocate([torch.randn(16, 8)], room.needed(1, 1))
-    storage = views[0].untyped_storage()
-    key = storage._cdata
-    del views, storage
-    room.allocate([torch.randn(16, 8)], room.needed(1, 1))
-    entry = room._KNOWN.get(key)
-    assert entry is None or not entry.weak.expired()
+    views = room.allocate([torch.randn(16, 8), torch.randn(2, 8)], room.needed(1, 1))
+    addresses = [v.data_ptr() for v in views]
+    entry = room._KNOWN[addresses[0]]
+    del views[0]
+    assert entry.storage() is not None  # the other weight keeps the memory
+    del views
+    assert entry.storage() is None
+    kept = room.allocate([torch.randn(16, 8)], room.needed(1, 1))
+    assert room.owned(kept[0])
+    assert all(not e.weak.expired() for e in room._KNOWN.values())
 
 
 def test_room_that_is_not_there_is_not_written() -> None:
