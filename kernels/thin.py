@@ -21,7 +21,6 @@ Sums are taken in an order that depends on shapes, dtypes and the device's limit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -108,7 +107,9 @@ def _mm(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
 
 def _place(p: torch.Tensor, wide: Wide, column: int) -> torch.Tensor:
     """Write P into the wide buffer; returns the view of it, or P itself where it was split."""
-    groups = [wide.buffer[:, c : c + p.shape[1]] for c in (column + i * wide.step for i in range(3))]
+    groups = [
+        wide.buffer[:, c : c + p.shape[1]] for c in (column + i * wide.step for i in range(3))
+    ]
     groups[0].copy_(p)
     if not thin_launch.is_split(p.dtype, wide):
         return groups[0]
@@ -117,9 +118,7 @@ def _place(p: torch.Tensor, wide: Wide, column: int) -> torch.Tensor:
     return p
 
 
-def _launchable(
-    blocks: Sequence[torch.Tensor], terms: Sequence[Term], wide: Wide | None
-) -> bool:
+def _launchable(blocks: Sequence[torch.Tensor], terms: Sequence[Term], wide: Wide | None) -> bool:
     """Whether the kernels take these operands."""
     thins = [t for term in terms for t in (term.right, term.left) if t is not None]
     return (

@@ -16,7 +16,7 @@ from fusewright.kernels.launch import HAS_TRITON, on_device_of, tl
 from fusewright.kernels.launcher import Launcher
 from fusewright.kernels.thin_parts import small_copies
 
-BLOCK = 8192  # elements that one program copies
+BLOCK, AT_ONCE = 8192, 2048  # elements that one program copies, and how many at a time
 _COLUMNS = 10
 _MOST = 4096  # tables kept
 _NEVER = 2**62
@@ -46,7 +46,7 @@ class Work(NamedTuple):
     constants: tuple[Any, ...]
 
 
-NONE = Work(None, 0, (0, 0, 0, BLOCK))
+NONE = Work(None, 0, (0, 0, 0, BLOCK, AT_ONCE))
 
 
 def check(copies: Sequence[Copy], device: torch.device) -> None:
@@ -104,7 +104,7 @@ def prepare(copies: Sequence[Copy]) -> list[Work]:
             programs += -(-copy.target.numel() // BLOCK)
         tasks = 1 << (len(rows) - 1).bit_length()
         table = _table(tuple(rows), tasks, group[0].target.device)
-        constants = (tasks, *map(_triton_type, dtypes), BLOCK)
+        constants = (tasks, *map(_triton_type, dtypes), BLOCK, AT_ONCE)
         works.append(Work(table, programs, constants))
     return works
 

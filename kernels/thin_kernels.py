@@ -20,7 +20,16 @@ as the sum of two bfloat16 (``halves``). MODE 2: float32 arithmetic throughout.
 from __future__ import annotations
 
 from fusewright.kernels.launch import tl, triton
-from fusewright.kernels.thin_parts import block_of, clear, give, pick, share, small_copy, wide
+from fusewright.kernels.thin_parts import (
+    WIDEN,
+    block_of,
+    clear,
+    give,
+    pick,
+    share,
+    small_copy,
+    wide,
+)
 
 
 @triton.jit
@@ -44,6 +53,8 @@ def _product(m, high, low, total, MODE: tl.constexpr):
     """total + m (high + low), accumulated in float32."""
     if MODE == 2:
         return tl.dot(m.to(tl.float32), high, total, input_precision="ieee")
+    if WIDEN:
+        m, high, low = m.to(tl.float32), high.to(tl.float32), low.to(tl.float32)
     total = tl.dot(m, high, total)
     if MODE == 1:
         total = tl.dot(m, low, total)
@@ -152,7 +163,8 @@ def right_products(
     MODE: tl.constexpr, TRANSPOSED: tl.constexpr, COPY: tl.constexpr, PLACED: tl.constexpr,
     SPLIT: tl.constexpr, EVEN: tl.constexpr, ZERO: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    TASKS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr, COPIED: tl.constexpr,
+    TASKS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr,
+    COPIED: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """P of one to four matrices, finished or as shares; the last programs do the small copies."""
     program = tl.program_id(0)
@@ -165,7 +177,7 @@ def right_products(
             BLOCKS, SLOTS, R, RP, MODE, TRANSPOSED, COPY, PLACED, SPLIT, EVEN, ZERO, BT, BK, STAGES,
         )  # fmt: skip
     elif TASKS > 0:
-        small_copy(program - programs, table_ptr, TASKS, SOURCE, TARGET, COPIED)
+        small_copy(program - programs, table_ptr, TASKS, SOURCE, TARGET, COPIED, AT_ONCE)
 
 
 @triton.jit
@@ -285,7 +297,8 @@ def left_products(
     BLOCKS: tl.constexpr, SLOTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     MODE: tl.constexpr, TRANSPOSED: tl.constexpr, COPY: tl.constexpr,
     EVEN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
-    TASKS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr, COPIED: tl.constexpr,
+    TASKS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr,
+    COPIED: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Shares of L, and of P where V is given; the last programs do the small copies."""
     program = tl.program_id(0)
@@ -298,4 +311,4 @@ def left_products(
             BLOCKS, SLOTS, R, RP, MODE, TRANSPOSED, COPY, EVEN, BT, BC, STAGES,
         )  # fmt: skip
     elif TASKS > 0:
-        small_copy(program - programs, table_ptr, TASKS, SOURCE, TARGET, COPIED)
+        small_copy(program - programs, table_ptr, TASKS, SOURCE, TARGET, COPIED, AT_ONCE)

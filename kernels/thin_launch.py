@@ -14,7 +14,16 @@ from fusewright.kernels.thin_copies import Copy, Work
 from fusewright.kernels.thin_kernels import left_products, right_products
 from fusewright.kernels.thin_parts import sum_shares
 from fusewright.kernels.thin_plan import (
-    Cut, Fact, Pass, Result, Term, Wide, left_cut, padded, passes, right_cut,
+    Cut,
+    Fact,
+    Pass,
+    Result,
+    Term,
+    Wide,
+    left_cut,
+    padded,
+    passes,
+    right_cut,
 )  # fmt: skip
 
 _right, _left, _sums = Launcher(right_products), Launcher(left_products), Launcher(sum_shares)

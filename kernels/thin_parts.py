@@ -6,7 +6,15 @@ A launch has up to four matrices with one thin operand each (BLOCKS), or one mat
 
 from __future__ import annotations
 
-from fusewright.kernels.launch import tl, triton
+from fusewright.kernels.launch import HAS_TRITON, tl, triton
+
+if HAS_TRITON:
+    from triton import knobs
+
+    # The interpreter keeps bfloat16 as integers and multiplies these; it gets float32, which is exact.
+    WIDEN = tl.constexpr(bool(knobs.runtime.interpret))
+else:
+    WIDEN = False
 
 
 @triton.jit
@@ -86,42 +94,48 @@ def share(ptr, first, total, slot, there, SLOTS: tl.constexpr):
 @triton.jit
 def small_copy(
     program, table_ptr, TASKS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK elements of one of the small copies; the table's columns are in ``thin_copies``."""
     firsts = tl.load(table_ptr + tl.arange(0, TASKS) * 10)
     task = table_ptr + (tl.sum((firsts <= program).to(tl.int32), 0) - 1) * 10
-    source = tl.load(task + 1)
+    source = tl.load(task + 1).to(tl.pointer_type(SOURCE))
     target = tl.load(task + 2).to(tl.pointer_type(TARGET))
     count = tl.load(task + 3).to(tl.int32)
     inner = tl.load(task + 4).to(tl.int32)
-    e = (program - tl.load(task).to(tl.int32)) * BLOCK + tl.arange(0, BLOCK)
-    i = e // inner
-    j = (e - i * inner).to(tl.int64)
-    i = i.to(tl.int64)
-    inside = e < count
-    read = source.to(tl.pointer_type(SOURCE)) + (i * tl.load(task + 5) + j * tl.load(task + 6))
-    x = tl.load(read, mask=inside, other=0.0)
-    to = target + (i * tl.load(task + 7) + j * tl.load(task + 8))
+    source_outer, source_inner = tl.load(task + 5), tl.load(task + 6)
+    target_outer, target_inner = tl.load(task + 7), tl.load(task + 8)
     step = tl.load(task + 9)
-    high = x.to(TARGET)
-    tl.store(to, high, mask=inside)
-    split = inside & (step != 0)
-    tl.store(to + step, high, mask=split)
-    low = (x.to(tl.float32) - high.to(tl.float32)).to(TARGET)
-    tl.store(to + 2 * step, low, mask=split)
+    start = (program - tl.load(task).to(tl.int32)) * BLOCK
+    for e in range(start, tl.minimum(start + BLOCK, count), AT_ONCE):
+        element = e + tl.arange(0, AT_ONCE)
+        inside = element < count
+        i = element // inner
+        j = (element - i * inner).to(tl.int64)
+        i = i.to(tl.int64)
+        x = tl.load(source + (i * source_outer + j * source_inner), mask=inside, other=0.0)
+        to = target + (i * target_outer + j * target_inner)
+        high = x.to(TARGET)
+        tl.store(to, high, mask=inside)
+        if step != 0:
+            low = (x.to(tl.float32) - high.to(tl.float32)).to(TARGET)
+            tl.store(to + step, high, mask=inside)
+            tl.store(to + 2 * step, low, mask=inside)
 
 
 @triton.jit
 def small_copies(
-    table_ptr, TASKS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr, BLOCK: tl.constexpr
-):
+    table_ptr, TASKS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr,
+    BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
     """The small copies by themselves."""
-    small_copy(tl.program_id(0), table_ptr, TASKS, SOURCE, TARGET, BLOCK)
+    small_copy(tl.program_id(0), table_ptr, TASKS, SOURCE, TARGET, BLOCK, AT_ONCE)
 
 
 @triton.jit
-def _sum(ptr, first, last, apart, there, BLOCK: tl.constexpr, RP: tl.constexpr, AHEAD: tl.constexpr):
+def _sum(
+    ptr, first, last, apart, there, BLOCK: tl.constexpr, RP: tl.constexpr, AHEAD: tl.constexpr
+):
     """The sum of the shares first to last, in this order; AHEAD of them are read at a time."""
     total = tl.zeros([BLOCK, RP], tl.float32)
     for s in range(first, last, AHEAD):

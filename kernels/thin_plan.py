@@ -94,7 +94,9 @@ class Cut(NamedTuple):
     warps: int
     slab: int
     part: int
-    firsts: tuple[int, int, int]  # of the second to the fourth matrix; ``slabs`` where there is none
+    firsts: tuple[
+        int, int, int
+    ]  # of the second to the fourth matrix; ``slabs`` where there is none
     slabs: int
     parts: int
     programs: int
@@ -167,8 +169,8 @@ def left_tile(
 ) -> Tile:
     """The tile of L, with P where ``right``."""
     if mode == 2:
-        tile = Tile(32, 64, 3, 4, 2)
-    elif right and ranks <= 64:
+        tile = Tile(32, 64, 3, 4 if ranks < 64 else 8, 2)
+    elif right and ranks <= (64 if mode == 0 else 32):
         tile = Tile(64, 256, 3, 8, 2)
     else:
         tile = Tile(64, 128, 4, 4 if ranks <= 64 else 8, 2)
@@ -234,7 +236,16 @@ def right_cut(
     slab = each * tile.columns
     firsts, slabs = _slabs(widths, slab)
     return Cut(
-        tile.rows, tile.columns, tile.stages, tile.warps, slab, rows, firsts, slabs, 1, tiles * slabs
+        tile.rows,
+        tile.columns,
+        tile.stages,
+        tile.warps,
+        slab,
+        rows,
+        firsts,
+        slabs,
+        1,
+        tiles * slabs,
     )
 
 

@@ -19,7 +19,7 @@ def forward(
     tokens: int, width: int, ranks: list[int], dtype: torch.dtype, thin_dtype: torch.dtype
 ) -> Callable[[], object]:
     """x A^T of siblings, written behind x, with the refresh of B's columns."""
-    buffer = _empty(tokens, width + 192 + 3 * sum(ranks), dtype=dtype)
+    buffer = _empty(tokens, width + -(-3 * sum(ranks) // 64) * 64, dtype=dtype)
     x, total = buffer[:, :width], sum(ranks)
     downs = [_empty(r, width, dtype=thin_dtype) for r in ranks]
     ups = [_empty(512, r, dtype=thin_dtype) for r in ranks]
@@ -60,9 +60,7 @@ def left(
 ) -> Callable[[], object]:
     """dA = P^T x of siblings from one read of x."""
     x = _empty(tokens, width, dtype=dtype)
-    terms = [
-        Term(0, left=_empty(tokens, r, dtype=thin_dtype), left_transposed=True) for r in ranks
-    ]
+    terms = [Term(0, left=_empty(tokens, r, dtype=thin_dtype), left_transposed=True) for r in ranks]
     return lambda: thin([x], terms)
 
 
