@@ -10,7 +10,7 @@ behind it, so that [M | P] is the operand of one GEMM.
 
 Where it rounds. Both operands in the same 16 bits: products and sums in float32, scaled in float32,
 rounded once to that dtype. A float32 operand beside M in bfloat16: V (or U) is taken as hi + lo with
-hi = bf16(V), lo = bf16(V - hi); |V - hi - lo| <= 2^-17 |V|, the products with M are exact in
+hi = bf16(V), lo = bf16(V - hi); |V - hi - lo| <= 2^-16 |V|, the products with M are exact in
 float32, and the result is float32. Any other mixture is computed in float32. A float32 P goes into a
 16-bit W as three groups [hi | lo | hi], the partner of [V_hi | V_hi | V_lo] in the other operand
 (``thin_copies.Copy``): P V ~ hi V_hi + lo V_hi + hi V_lo.
@@ -154,6 +154,9 @@ def _check(blocks: Sequence[torch.Tensor], terms: Sequence[Term], wide: Wide | N
                     f"terms[{at}].left: expected {rows} rows on {device}, got {tuple(u.shape)} "
                     f"on {u.device}"
                 )
+        ranks = [thin_launch.rank(t) for t in (term, term._replace(right=None))]
+        if term.left is not None and ranks[0] != ranks[1]:
+            raise ValueError(f"terms[{at}]: expected one rank, got {ranks[0]} and {ranks[1]}")
     if wide is not None:
         _check_wide(blocks, terms, wide)
 

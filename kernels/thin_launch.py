@@ -126,6 +126,7 @@ class _Launch:
         self.mode = _mode(self.ms[0].dtype, thin.dtype)
         self.thin_item = thin.element_size()
         self.copied = [columns[i] for i in indices] if wide is not None else []
+        self.copies = any(c is not None for c in self.copied)
         self.columns_left = [None if i in indices else c for i, c in enumerate(columns)]
         self.placed = wide is not None and one.right and terms[0].column is not None
         self.zero = 1 << (wide.zero[1] - wide.zero[0] - 1).bit_length() \
@@ -165,7 +166,7 @@ class _Launch:
         sizes = (m.shape[0], widths, ranks, m.element_size(), self.thin_item, self.mode)
         limits = device.limits(m.device)
         if self.one.left:
-            cut = left_cut(*sizes, self.one.right, limits)
+            cut = left_cut(*sizes, self.one.right, self.copies, limits)
             right = cut.slabs * m.shape[0] * ranks if self.one.right else 0
             scratch = m.new_empty(right + cut.parts * sum(widths) * ranks, dtype=torch.float32)
             shares = scratch[:right] if right else None
@@ -207,16 +208,15 @@ class _Launch:
     def _launch_right(self, cut: Cut, work: Work, shares: Maybe) -> None:
         widths, strides, copies = self._common()
         wide, wide_row, step, *zero = self._buffer()
-        copy = any(c is not None for c in self.copied)
         done = shares is None
         _right(
             (cut.programs + work.programs, 1),
             (*_four(self.ms, None), *_four(self.vs, None), shares, self.out if done else None,
-             wide if copy or (done and self.placed) else None, work.table),
+             wide if self.copies or (done and self.placed) else None, work.table),
             (cut.programs, self.ms[0].shape[0], cut.slab, *widths, *strides,
              *_four([v.stride(0) for v in self.vs], 0), *cut.firsts, *copies, *self._ends(),
              self.rank * len(self.terms), wide_row, step, *zero),
-            (*self._shape_constants(), self.mode, self.terms[0].right_transposed, copy,
+            (*self._shape_constants(), self.mode, self.terms[0].right_transposed, self.copies,
              done and self.placed, self.split, self._even(cut.columns), self.zero if done else 0,
              cut.rows, cut.columns, cut.stages, *work.constants),
             cut.warps,
@@ -224,16 +224,15 @@ class _Launch:
 
     def _launch_left(self, cut: Cut, work: Work, right: Maybe, left: torch.Tensor) -> None:
         widths, strides, copies = self._common()
-        copy = any(c is not None for c in self.copied)
         wide, wide_row, *_ = self._buffer()
         _left(
             (cut.programs + work.programs, 1),
             (*_four(self.ms, None), *_four(self.vs, None), *_four(self.us, None), right, left,
-             wide if copy else None, work.table),
+             wide if self.copies else None, work.table),
             (cut.programs, self.ms[0].shape[0], cut.part, cut.slabs, sum(widths), *widths, *strides,
              *_four([v.stride(0) for v in self.vs], 0), *_four([u.stride(0) for u in self.us], 0),
              *cut.firsts, *self._befores(), *copies, wide_row),
-            (*self._shape_constants(), self.mode, self.terms[0].right_transposed, copy,
+            (*self._shape_constants(), self.mode, self.terms[0].right_transposed, self.copies,
              self._even(cut.columns), cut.rows, cut.columns, cut.stages, *work.constants),
             cut.warps,
         )  # fmt: skip

@@ -16,7 +16,8 @@ from fusewright.kernels.device import Limits
 
 MOST_RANK = 256
 MOST_TERMS = 4  # of one launch
-_BOTH_RANKS = 128  # ranks in all, up to which both products share one read
+_BOTH_RANKS = 32  # ranks in all, up to which shares of P cost less than a second read
+_ROOMY = 200000  # bytes of shared memory, from which on the tensor cores read their operands there
 _LAUNCH_BYTES = 8 * 2**20  # what the memory could move in the time of one more launch
 
 
@@ -152,8 +153,8 @@ class Tile(NamedTuple):
 def right_tile(ranks: int, item: int, thin_item: int, mode: int, limits: Limits) -> Tile:
     """The tile of P alone; ``ranks`` padded columns of thin operands."""
     if mode == 2:
-        tile = Tile(32, 32, 3, 4, 2)
-    elif ranks <= 64:
+        tile = Tile(32, 32, 3, 4 if ranks < 64 else 8, 2)
+    elif ranks << mode <= 64:  # halves take registers twice
         tile = Tile(64, 128, 4, 4, 2)
     else:
         tile = Tile(128, 64, 4, 8, 1)
@@ -165,15 +166,20 @@ def right_tile(ranks: int, item: int, thin_item: int, mode: int, limits: Limits)
 
 
 def left_tile(
-    ranks: int, item: int, thin_item: int, mode: int, right: bool, limits: Limits
+    ranks: int, item: int, thin_item: int, mode: int, right: bool, copy: bool, limits: Limits
 ) -> Tile:
-    """The tile of L, with P where ``right``."""
+    """The tile of L, with P where ``right``; a ``copy`` takes the tile through registers."""
+    roomy = limits.shared >= _ROOMY
     if mode == 2:
-        tile = Tile(32, 64, 3, 4 if ranks < 64 else 8, 2)
-    elif right and ranks <= (64 if mode == 0 else 32):
-        tile = Tile(64, 256, 3, 8, 2)
+        tile = Tile(32, 64, 3, 8, 2)
+    elif right:
+        # The wider a slab, the fewer shares of P.
+        columns = (512 if roomy else 256) >> (mode + copy)
+        tile = Tile(64 if roomy else 32, columns, 3, 8, 1 if columns == 512 else 2)
+    elif ranks << mode <= 64:
+        tile = Tile(64, 128, 4, 4, 2)
     else:
-        tile = Tile(64, 128, 4, 4 if ranks <= 64 else 8, 2)
+        tile = Tile(64, 128, 4, 8, 2) if roomy else Tile(32, 64, 4, 8, 2)
     while True:
         step = tile.rows * (tile.columns * item + ranks * thin_item)
         kept = tile.columns * ranks * item * (2 if mode == 1 else 1) if right else 0
@@ -252,10 +258,10 @@ def right_cut(
 @functools.lru_cache(maxsize=512)
 def left_cut(
     rows: int, widths: tuple[int, ...], ranks: int, item: int, thin_item: int, mode: int,
-    right: bool, limits: Limits,
+    right: bool, copy: bool, limits: Limits,
 ) -> Cut:  # fmt: skip
     """How L, and with ``right`` P too, of matrices (rows, width) is made."""
-    tile = left_tile(ranks, item, thin_item, mode, right, limits)
+    tile = left_tile(ranks, item, thin_item, mode, right, copy, limits)
     firsts, slabs = _slabs(widths, tile.columns)
     steps = -(-rows // tile.rows)
     step_bytes = tile.rows * tile.columns * item

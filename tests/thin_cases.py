@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from fusewright.kernels import thin_copies
 from fusewright.kernels.thin import Copy, Term, Wide, thin
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -67,12 +68,14 @@ def left(
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """What test_kernels_thin compiles for every target."""
     for dtype, thin_dtype in ((BF16, BF16), (BF16, FP32), (FP32, FP32)):
-        for r in (16, 64):
+        for r in (16, 32, 64):
             name = f"{dtype} {thin_dtype} {r}"
             yield f"{name} forward", forward(4096, 4096, [r] * 3, dtype, thin_dtype)
             yield f"{name} both", backward(4096, [14336] * 2, r, dtype, thin_dtype, False)
             yield f"{name} copy", backward(4096, [4096, 1024, 1024], r, dtype, thin_dtype, True)
             yield f"{name} left", left(4096, 4096, [r] * 3, dtype, thin_dtype)
+    source, target = _empty(4096, 64, dtype=FP32), _empty(4096, 192)
+    yield "copies alone", lambda: thin_copies.run([Copy(source, target[:, :64], 64)])
     yield "forward 16 wide", forward(4096, 14336, [16], BF16, BF16)
     yield "forward half", forward(4096, 4096, [8], torch.float16, torch.float16)
     yield "one rank", backward(4096, [8192], 256, BF16, BF16, False)
