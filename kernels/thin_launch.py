@@ -20,6 +20,7 @@ from fusewright.kernels.thin_plan import (
     Result,
     Term,
     Wide,
+    both_ranks,
     left_cut,
     padded,
     passes,
@@ -71,7 +72,8 @@ def run(
 ) -> list[Result]:
     """The products of every term; see ``thin.thin``, which has checked the operands."""
     works = thin_copies.prepare(copies)
-    made = passes(tuple(_fact(term, wide) for term in terms))
+    most = both_ranks(device.limits(blocks[0].device))
+    made = passes(tuple(_fact(term, wide) for term in terms), most)
     rights: list[Maybe] = [None] * len(terms)
     lefts: list[Maybe] = [None] * len(terms)
     columns = [] if wide is None else list(wide.columns)

@@ -16,7 +16,6 @@ from fusewright.kernels.device import Limits
 
 MOST_RANK = 256
 MOST_TERMS = 4  # of one launch
-_BOTH_RANKS = 32  # ranks in all, up to which shares of P cost less than a second read
 _ROOMY = 200000  # bytes of shared memory, from which on the tensor cores read their operands there
 _LAUNCH_BYTES = 8 * 2**20  # what the memory could move in the time of one more launch
 
@@ -108,9 +107,14 @@ def padded(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
+def both_ranks(limits: Limits) -> int:
+    """Ranks in all, up to which shares of P cost less than a second read of the matrix."""
+    return 32 if limits.shared >= _ROOMY else 16
+
+
 @functools.lru_cache(maxsize=512)
-def passes(facts: tuple[Fact, ...]) -> tuple[Pass, ...]:
-    """The launches that make all products, few reads first."""
+def passes(facts: tuple[Fact, ...], both_most: int) -> tuple[Pass, ...]:
+    """The launches that make all products; up to ``both_most`` ranks P and L share one."""
     alike: dict[Fact, list[int]] = {}
     for at, fact in enumerate(facts):
         alike.setdefault(fact._replace(block=0), []).append(at)
@@ -119,7 +123,7 @@ def passes(facts: tuple[Fact, ...]) -> tuple[Pass, ...]:
         for group in _groups(facts, terms, fact.rank):
             slots = len(group) if len({facts[i].block for i in group}) == 1 else 1
             both = fact.right and fact.left
-            if both and slots * padded(fact.rank) > _BOTH_RANKS:
+            if both and slots * padded(fact.rank) > both_most:
                 found += [Pass(group, True, False), Pass(group, False, True)]
             else:
                 found.append(Pass(group, fact.right, fact.left))
@@ -153,11 +157,11 @@ class Tile(NamedTuple):
 def right_tile(ranks: int, item: int, thin_item: int, mode: int, limits: Limits) -> Tile:
     """The tile of P alone; ``ranks`` padded columns of thin operands."""
     if mode == 2:
-        tile = Tile(32, 32, 3, 4 if ranks < 64 else 8, 2)
+        tile = Tile(32, 32 if ranks < 64 else 16, 3, 4, 2)
     elif ranks << mode <= 64:  # halves take registers twice
         tile = Tile(64, 128, 4, 4, 2)
     else:
-        tile = Tile(128, 64, 4, 8, 1)
+        tile = Tile(64 if mode else 128, 64, 4, 8, 1)
     while True:
         step = tile.columns * (tile.rows * item + ranks * thin_item)
         if fits := _fitting(tile, step, 0, limits):

@@ -280,13 +280,13 @@ def test_passes_read_a_matrix_once_where_they_can() -> None:
         return thin_plan.Fact(block, r, BF16, True, False, left, False, False)
 
     both = (True, True)
-    assert thin_plan.passes((fact(0, 8), fact(1, 8), fact(2, 8))) == (((0, 1, 2), *both),)
-    assert thin_plan.passes((fact(0, 8),) * 2) == (((0, 1), *both),)
-    assert thin_plan.passes((fact(0, 64),) * 3) == (
+    assert thin_plan.passes((fact(0, 8), fact(1, 8), fact(2, 8)), 32) == (((0, 1, 2), *both),)
+    assert thin_plan.passes((fact(0, 8),) * 2, 32) == (((0, 1), *both),)
+    assert thin_plan.passes((fact(0, 64),) * 3, 32) == (
         ((0, 1, 2), True, False),
         ((0, 1, 2), False, True),
     )
-    assert len(thin_plan.passes((fact(0, 8, False),) * 5)) == 2
+    assert len(thin_plan.passes((fact(0, 8, False),) * 5, 32)) == 2
 
 
 def test_bad_input_is_named(backend: Backend) -> None:
