@@ -1,0 +1,138 @@
+"""Small strided copies that ride along with another launch, described by a table on the device.
+
+A row of the table (int64): first program, source address, target address, elements, elements of
+the inner dimension, source strides (outer, inner), target strides (outer, inner), step. Addresses of
+parameters and of their copies stay as they are from step to step, so the table is made once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from fusewright.kernels.launch import HAS_TRITON, on_device_of, tl
+from fusewright.kernels.launcher import Launcher
+from fusewright.kernels.thin_parts import small_copies
+
+BLOCK, AT_ONCE = 8192, 2048  # elements that one program copies, and how many at a time
+_COLUMNS = 10
+_MOST = 4096  # tables kept
+_NEVER = 2**62
+_small_copies = Launcher(small_copies)
+_tables: dict[tuple[Any, ...], torch.Tensor] = {}
+
+
+class Copy(NamedTuple):
+    """Write ``source`` into ``target``; both (n, m) with any strides, so a transpose is a view.
+
+    With a ``step`` (in elements of the target's storage) a float32 source is written as two
+    halves of the target's dtype, hi = round(source) and lo = round(source - hi): hi to the target,
+    hi once more ``step`` behind it, and lo ``2 step`` behind it. That is the partner of a product
+    which ``thin`` wrote as [hi | lo | hi].
+    """
+
+    source: torch.Tensor
+    target: torch.Tensor
+    step: int = 0
+
+
+class Work(NamedTuple):
+    """A table with the constants that a kernel needs beside it; no programs, no work."""
+
+    table: torch.Tensor | None
+    programs: int
+    constants: tuple[Any, ...]
+
+
+NONE = Work(None, 0, (0, 0, 0, BLOCK, AT_ONCE))
+
+
+def check(copies: Sequence[Copy], device: torch.device) -> None:
+    """Refuse copies between shapes, devices or dtypes that do not fit."""
+    for source, target, step in copies:
+        if source.shape != target.shape or source.dim() != 2:
+            raise ValueError(
+                f"copies: expected two equal shapes (n, m), got {tuple(source.shape)} "
+                f"and {tuple(target.shape)}"
+            )
+        if source.device != device or target.device != device:
+            raise ValueError(f"copies: expected tensors on {device}")
+        if step and source.dtype is not torch.float32:
+            raise TypeError(f"copies: only float32 is split, got {source.dtype}")
+
+
+def reference(copies: Sequence[Copy]) -> None:
+    """The copies in plain PyTorch."""
+    for source, target, step in copies:
+        target.copy_(source)
+        if step:
+            where, strides = target.storage_offset(), target.stride()
+            target.as_strided(target.shape, strides, where + step).copy_(target)
+            rest = source - target.to(source.dtype)
+            target.as_strided(target.shape, strides, where + 2 * step).copy_(rest)
+
+
+def _row(copy: Copy, first: int) -> tuple[int, ...]:
+    """A row of the table; the inner dimension is the one along which the target is dense."""
+    source, target, step = copy
+    outer, inner = (0, 1) if target.stride(1) <= target.stride(0) else (1, 0)
+    return (
+        first, source.data_ptr(), target.data_ptr(), target.numel(), target.shape[inner],
+        source.stride(outer), source.stride(inner), target.stride(outer), target.stride(inner), step,
+    )  # fmt: skip
+
+
+def _triton_type(dtype: torch.dtype) -> Any:
+    return {
+        torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32
+    }[dtype]  # fmt: skip
+
+
+def prepare(copies: Sequence[Copy]) -> list[Work]:
+    """The work of the copies, one for each pair of dtypes."""
+    pairs: dict[tuple[torch.dtype, torch.dtype], list[Copy]] = {}
+    for copy in copies:
+        if copy.target.numel():
+            pairs.setdefault((copy.source.dtype, copy.target.dtype), []).append(copy)
+    works = []
+    for dtypes, group in pairs.items():
+        rows, programs = [], 0
+        for copy in group:
+            rows.append(_row(copy, programs))
+            programs += -(-copy.target.numel() // BLOCK)
+        tasks = 1 << (len(rows) - 1).bit_length()
+        table = _table(tuple(rows), tasks, group[0].target.device)
+        constants = (tasks, *map(_triton_type, dtypes), BLOCK, AT_ONCE)
+        works.append(Work(table, programs, constants))
+    return works
+
+
+def _table(rows: tuple[tuple[int, ...], ...], tasks: int, device: torch.device) -> torch.Tensor:
+    key = (device, *rows)
+    table = _tables.get(key)
+    if table is None:
+        if len(_tables) >= _MOST:
+            del _tables[next(iter(_tables))]
+        filler = (_NEVER,) + (0,) * (_COLUMNS - 1)
+        values = [*rows, *[filler] * (tasks - len(rows))]
+        table = _tables[key] = torch.tensor(values, dtype=torch.int64).to(device)
+    return table
+
+
+def launch(works: Sequence[Work]) -> None:
+    """The copies in launches of their own."""
+    for table, programs, constants in works:
+        assert table is not None, "prepared work has a table"
+        with on_device_of(table):
+            _small_copies((programs, 1), (table,), (), constants, 8)
+
+
+def run(copies: Sequence[Copy]) -> None:
+    """The copies by a kernel where there is one for their dtypes, else in plain PyTorch."""
+    kinds = (torch.bfloat16, torch.float16, torch.float32)
+    if HAS_TRITON and all(c.source.dtype in kinds and c.target.dtype in kinds for c in copies):
+        launch(prepare(copies))
+    else:
+        reference(copies)
