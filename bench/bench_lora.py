@@ -201,7 +201,9 @@ def interleaved(runs: dict[str, Run], repeats: int) -> dict[str, float]:
     return {name: statistics.median(found[2:]) for name, found in times.items()}
 
 
-def measure(shape: str, rows: int, rank: int, adapters: torch.dtype, repeats: int) -> dict[str, Any]:
+def measure(
+    shape: str, rows: int, rank: int, adapters: torch.dtype, repeats: int
+) -> dict[str, Any]:
     """One layer of a model's shape: every contender over the bare GEMMs."""
     cases = [Case.make(k, rows, rank, torch.bfloat16, adapters) for k in layers(shape)]
     ours = [c.ours() for c in cases]

@@ -10,9 +10,8 @@ import torch
 
 from fusewright.kernels import lora_products as products
 from fusewright.kernels import room
-from fusewright.kernels.lora_group import Group, Needs, Plan, Results, Tensors, plan
+from fusewright.kernels.lora_group import Group, Needs, Results, Tensors, plan
 from fusewright.kernels.reduce import absent
-from fusewright.kernels.room import Roomy
 
 
 def has_room(group: Group) -> bool:
@@ -28,30 +27,28 @@ def forward(group: Group, roomy: bool) -> tuple[torch.Tensor, torch.Tensor]:
     found = room.find(group.weights, how.columns, 0)
     height = sum(w.shape[0] for w in group.weights)
     if found is None:
-        thin = products.right(group, rows, how, None, False)
+        thin = products.right(group, rows, how, None, False, ())
         return _added(group, rows, thin, height).view(*x.shape[:-1], height), thin
     wide = room.widened(rows, found.columns) if roomy else None
     copy = wide is None
     if wide is None:
         wide = rows.new_empty((rows.shape[0], found.width + found.columns))
-    thin = products.right(group, rows, how, wide, copy)
-    _write_columns(group, found, how)
+    # B is written each time, since who changes it may not say so.
+    found.prepare((how, tuple(group.member)))
+    behind = found.buffer[: found.height, found.width :]
+    copies = products.columns_behind(group, how, behind)
+    thin = products.right(group, rows, how, wide, copy, copies)
+    if how.ones:
+        _write_biases(group, behind[:, how.thin])
     y = wide @ found.buffer[: found.height].t()
     return y.view(*x.shape[:-1], height), thin
 
 
-def _write_columns(group: Group, found: Roomy, how: Plan) -> None:
-    """B, and the biases, into the columns behind W; always, since who writes B may not say so."""
-    found.prepare((how, tuple(group.member)))
-    target = found.buffer[: found.height, found.width :]
-    tops = [0]
-    for w in group.weights:
-        tops.append(tops[-1] + w.shape[0])
-    for b, j, at in zip(group.up, group.member, how.blocks, strict=True):
-        products.place(b, target[tops[j] : tops[j + 1], at], how.split, 1)
-    for j, bias in enumerate(group.biases):
+def _write_biases(group: Group, column: torch.Tensor) -> None:
+    pieces = column.split([w.shape[0] for w in group.weights])
+    for piece, bias in zip(pieces, group.biases, strict=True):
         if bias is not None:
-            target[tops[j] : tops[j + 1], how.thin].copy_(bias)
+            piece.copy_(bias)
 
 
 def _added(group: Group, rows: torch.Tensor, thin: torch.Tensor, height: int) -> torch.Tensor:
@@ -86,10 +83,14 @@ def backward(
     if found is not None and wide is None:
         wide = rows.new_empty((rows.shape[0], found.height + found.rows))
     g = _per_layer(blocks, group)
-    p, dup, dbiases = products.both(group, g, thin, how, wide, copy, needs)
+    copies = []
+    if found is not None:
+        found.prepare((how, tuple(group.member)))
+        below = found.buffer[found.height :, : found.width]
+        copies = products.rows_below(group, how, below)
+    p, dup, dbiases = products.both(group, g, thin, how, wide, copy, needs, copies)
     dx = absent(x)
     if found is not None and wide is not None:
-        _write_rows(group, found, how)
         dx = (wide @ found.buffer[:, : found.width]).view(x.shape)
     elif needs.x:
         dx = _summed(group, g, p).view(x.shape)
@@ -111,15 +112,6 @@ def _per_layer(blocks: Tensors, group: Group) -> list[torch.Tensor]:
         return list(blocks)
     whole = blocks[0] if len(blocks) == 1 else torch.cat(list(blocks), 1)
     return list(whole.split(heights, 1))
-
-
-def _write_rows(group: Group, found: Roomy, how: Plan) -> None:
-    """A into the rows below W."""
-    found.prepare((how, tuple(group.member)))
-    target = found.buffer[found.height :, : found.width]
-    for a, at, source in zip(group.down, how.blocks, group.source, strict=True):
-        if source < 0:
-            products.place(a, target[at], how.split, 0)
 
 
 def _summed(group: Group, g: Tensors, p: Tensors) -> torch.Tensor:

@@ -5,6 +5,7 @@ The mathematics is in ``lora``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -88,15 +89,20 @@ def takes(group: Group, out_dtype: torch.dtype) -> bool:
 
 
 class Plan(NamedTuple):
-    """Where the adapters' columns begin behind x and behind the gradient.
+    """Where the adapters' columns lie behind x and behind the gradient.
 
-    ``split``: each adapter has three column blocks, for the halves of float32 factors. ``ones``: a
-    last column adds the biases.
+    With ``split`` there are three groups of columns for the halves of float32 factors, [hi | lo | hi]
+    for [hi | hi | lo] of the other one. With ``ones`` a last column adds the biases.
     """
 
     ranks: tuple[int, ...]
     split: bool
     ones: bool
+
+    @property
+    def step(self) -> int:
+        """From one group of columns to the next; 0 where there is one group."""
+        return sum(self.ranks) if self.split else 0
 
     @property
     def thin(self) -> int:
@@ -109,13 +115,9 @@ class Plan(NamedTuple):
         return self.thin + self.ones
 
     @property
-    def blocks(self) -> list[slice]:
-        """The columns of each adapter."""
-        out, start = [], 0
-        for r in self.ranks:
-            out.append(slice(start, start + r * (3 if self.split else 1)))
-            start = out[-1].stop
-        return out
+    def starts(self) -> list[int]:
+        """The first column of each adapter, in the first group."""
+        return list(itertools.accumulate(self.ranks, initial=0))[:-1]
 
 
 def plan(group: Group) -> Plan:

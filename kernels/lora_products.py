@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from fusewright.kernels import thin
 from fusewright.kernels.lora_group import Group, Needs, Plan, Tensors
 from fusewright.kernels.reduce import absent
-
-
-def halves(t: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """t as a sum of two tensors of a narrower dtype, up to the last bits of the lower one."""
-    high = t.to(dtype)
-    return high, (t - high.to(t.dtype)).to(dtype)
+from fusewright.kernels.thin import Copy, Result, Term, Wide
 
 
 def scaled(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
@@ -21,94 +19,180 @@ def scaled(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     return (torch.matmul(a.float(), b.float()) * scale).to(a.dtype)
 
 
-def place(t: torch.Tensor, target: torch.Tensor, split: bool, dim: int) -> None:
-    """A weight of an adapter into its blocks: itself, or [hi, hi, lo] along ``dim``."""
-    if not split:
-        target.copy_(t)
-        return
-    high, low = halves(t.float(), target.dtype)
-    for part, piece in zip((high, high, low), target.chunk(3, dim), strict=True):
-        piece.copy_(part)
-
-
 def paired(
-    thin: torch.Tensor, right: torch.Tensor, dtype: torch.dtype
+    low: torch.Tensor, right: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(left, right^T) whose product in ``dtype`` is thin right^T with the precision of float32.
+    """(left, right^T) whose product in ``dtype`` is low right^T, with float32's precision if split.
 
     Args:
-        thin: (T, r).
+        low: (T, r).
         right: (N, r).
     """
-    if dtype in (thin.dtype, right.dtype) and thin.dtype == right.dtype:
-        return thin, right.t()
-    (a, b), (c, d) = halves(thin.float(), dtype), halves(right.float(), dtype)
+    if low.dtype == right.dtype == dtype:
+        return low, right.t()
+    (a, b), (c, d) = _halves(low.float(), dtype), _halves(right.float(), dtype)
     return torch.cat((a, b, a), 1), torch.cat((c, c, d), 1).t()
 
 
-def _columns(thin: torch.Tensor, wide: torch.Tensor, how: Plan, width: int) -> None:
-    """The thin products into the columns behind the rows, a one for the biases, zeros for the rest."""
-    room, start = wide[:, width:], 0
-    for r, at in zip(how.ranks, how.blocks, strict=True):
-        low, target = thin[:, start : start + r], room[:, at]
-        start += r
-        if how.split:
-            high, rest = halves(low, wide.dtype)
-            target.copy_(torch.cat((high, rest, high), 1))
-        else:
-            target.copy_(low)
-    room[:, how.thin :].zero_()
+def _halves(t: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    high = t.to(dtype)
+    return high, (t - high.to(t.dtype)).to(dtype)
+
+
+def _multiply(
+    blocks: Tensors, terms: Sequence[Term], wide: Wide | None, copies: Sequence[Copy]
+) -> list[Result]:
+    """Thin products by kernels on a GPU; by the reference elsewhere."""
+    run = thin.thin if blocks[0].is_cuda else thin.reference
+    return run(blocks, terms, wide, copies)
+
+
+def columns_behind(group: Group, how: Plan, target: torch.Tensor) -> list[Copy]:
+    """The copies that put every B into the columns behind W.
+
+    Args:
+        target: (sum N_j, columns), a part of the weights' buffer.
+    """
+    tops = [0]
+    for w in group.weights:
+        tops.append(tops[-1] + w.shape[0])
+    return [
+        Copy(_in(b, group), target[tops[j] : tops[j + 1], at : at + b.shape[1]], how.step)
+        for b, j, at in zip(group.up, group.member, how.starts, strict=True)
+    ]
+
+
+def rows_below(group: Group, how: Plan, target: torch.Tensor) -> list[Copy]:
+    """The copies that put A into the rows below W, of adapters that read x itself.
+
+    Args:
+        target: (rows, K), a part of the weights' buffer.
+    """
+    step = how.step * target.stride(0)
+    return [
+        Copy(_in(a, group), target[at : at + a.shape[0]], step)
+        for a, at, source in zip(group.down, how.starts, group.source, strict=True)
+        if source < 0
+    ]
+
+
+def _in(t: torch.Tensor, group: Group) -> torch.Tensor:
+    return t.to(group.dtype)
 
 
 def right(
-    group: Group, rows: torch.Tensor, how: Plan, wide: torch.Tensor | None, copy: bool
+    group: Group,
+    rows: torch.Tensor,
+    how: Plan,
+    wide: torch.Tensor | None,
+    copy: bool,
+    copies: Sequence[Copy],
 ) -> torch.Tensor:
     """S (T, sum r_i); with ``wide`` (T, K + columns) also in its columns, and x if ``copy``."""
-    dtype, width = group.dtype, rows.shape[1]
-    parts = []
-    for i, (a, s) in enumerate(zip(group.down, group.scales, strict=True)):
-        own = group.input_of(i).reshape(-1, width).to(dtype)
-        parts.append(scaled(own, a.to(dtype).t(), s))
-    thin = torch.cat(parts, 1) if parts else absent(rows)
+    width = rows.shape[1]
+    own = [i for i, source in enumerate(group.source) if source >= 0]
+    terms = [
+        Term(0, _in(a, group), True, s, None if wide is None else width + at)
+        for a, s, at in zip(group.down, group.scales, how.starts, strict=True)
+    ]
+    into = None
     if wide is not None:
-        if copy:
-            wide[:, :width].copy_(rows)
-        _columns(thin, wide, how, width)
-        if how.ones:
-            wide[:, width + how.thin].fill_(1.0)
-    return thin
+        into = Wide(wide, [0 if copy else None], how.step, (width + how.thin, wide.shape[1]))
+    found: dict[int, torch.Tensor] = {}
+    shared = [i for i in range(len(terms)) if i not in own]
+    for i, result in zip(shared, _multiply([rows], [terms[i] for i in shared], into, copies),
+                         strict=True):  # fmt: skip
+        assert result.right is not None
+        found[i] = result.right
+    for i in own:
+        read = _in(group.input_of(i), group).reshape(-1, width)
+        (result,) = _multiply([read], [terms[i]._replace(column=None)], None, ())
+        assert result.right is not None
+        found[i] = result.right
+        if wide is not None:
+            _place(result.right, wide[:, width + how.starts[i] :], how.step)
+    if wide is not None and how.ones:
+        wide[:, width + how.thin].fill_(1.0)
+    return _together([found[i] for i in range(len(terms))], rows)
+
+
+def _together(parts: list[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """S as one dense tensor of its own: parts in a wide buffer would keep all of it alive."""
+    if not parts:
+        return absent(rows)
+    first, at = parts[0], parts[0].data_ptr()
+    for p in parts:
+        if p.data_ptr() != at or p.stride() != first.stride():
+            return torch.cat(parts, 1)
+        at += p.shape[1] * p.element_size()
+    shape = (first.shape[0], sum(p.shape[1] for p in parts))
+    whole = first.as_strided(shape, first.stride(), first.storage_offset())
+    dense = whole.is_contiguous() and whole.numel() == whole.untyped_storage().nbytes() // (
+        whole.element_size()
+    )
+    return first if dense and len(parts) == 1 else whole.clone()
+
+
+def _place(p: torch.Tensor, target: torch.Tensor, step: int) -> None:
+    """P into columns of a wide buffer, in three groups if it is split."""
+    r = p.shape[1]
+    if not step:
+        target[:, :r].copy_(p)
+        return
+    high, low = _halves(p, target.dtype)
+    for group, part in enumerate((high, low, high)):
+        target[:, group * step : group * step + r].copy_(part)
 
 
 def both(
     group: Group,
     g: Tensors,
-    thin: torch.Tensor,
+    low: torch.Tensor,
     how: Plan,
     wide: torch.Tensor | None,
     copy: bool,
     needs: Needs,
+    copies: Sequence[Copy],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     """P_i, dB_i and db_j; with ``wide`` (T, sum N_j + rows) P also in its columns, and g if ``copy``."""
-    dtype, x = group.dtype, group.x
+    x, height = group.x, sum(d.shape[1] for d in g)
     wanted = needs.x or needs.down or needs.inputs
-    p, dup, start = [], [], 0
-    for b, j, s in zip(group.up, group.member, group.scales, strict=True):
-        own = g[j].to(dtype)
-        low = thin[:, start : start + b.shape[1]]
-        start += b.shape[1]
-        p.append(scaled(own, b.to(dtype), s) if wanted else absent(x))
-        dup.append(torch.mm(own.t(), low).to(b.dtype) if needs.up else absent(x))
+    terms = []
+    for i, (b, j, s, at) in enumerate(
+        zip(group.up, group.member, group.scales, how.starts, strict=True)
+    ):
+        placed = wide is not None and group.source[i] < 0
+        terms.append(
+            Term(
+                j,
+                _in(b, group) if wanted else None,
+                False,
+                s,
+                height + at if placed else None,
+                low[:, at : at + b.shape[1]] if needs.up else None,
+            )
+        )
+    into = None
     if wide is not None:
-        width = sum(d.shape[1] for d in g)
-        if copy:
-            for piece, d in zip(wide[:, :width].split([d.shape[1] for d in g], 1), g, strict=True):
-                piece.copy_(d)
-        inner = [
-            t if at < 0 else torch.zeros_like(t) for t, at in zip(p, group.source, strict=True)
-        ]
-        _columns(torch.cat(inner, 1) if inner else absent(x), wide, how, width)
+        starts = [0]
+        for d in g:
+            starts.append(starts[-1] + d.shape[1])
+        columns = [s if copy else None for s in starts[:-1]]
+        into = Wide(wide, columns, how.step, (height + how.thin, wide.shape[1]))
+        for i, source in enumerate(group.source):
+            if source >= 0:
+                zero = wide.new_zeros(()).expand(wide.shape[0], how.ranks[i])
+                _place(zero.float() if how.step else zero, wide[:, height + how.starts[i] :],
+                       how.step)  # fmt: skip
+    results = _multiply(g, terms, into, copies)
+    nothing = absent(x)
+    p = [nothing if r.right is None else r.right for r in results]
+    dup = [
+        nothing if r.left is None else r.left.to(b.dtype)
+        for r, b in zip(results, group.up, strict=True)
+    ]
     dbiases = [
-        d.sum(0, dtype=torch.float32).to(b.dtype) if needs.biases and b is not None else absent(x)
+        d.sum(0, dtype=torch.float32).to(b.dtype) if needs.biases and b is not None else nothing
         for d, b in zip(g, group.biases, strict=True)
     ]
     return p, dup, dbiases
@@ -116,11 +200,15 @@ def both(
 
 def left(group: Group, rows: torch.Tensor, p: Tensors, need: bool) -> list[torch.Tensor]:
     """dA_i."""
-    out = []
-    for i, a in enumerate(group.down):
-        if not need:
-            out.append(absent(group.x))
-            continue
-        own = group.input_of(i).reshape(-1, rows.shape[1]).to(group.dtype)
-        out.append(torch.mm(p[i].t(), own).to(a.dtype))
-    return out
+    if not need:
+        return [absent(group.x) for _ in group.down]
+    width = rows.shape[1]
+    blocks = [rows, *(_in(t, group).reshape(-1, width) for t in group.inputs)]
+    found: dict[int, torch.Tensor] = {}
+    for at, block in enumerate(blocks):
+        of = [i for i, source in enumerate(group.source) if source + 1 == at]
+        terms = [Term(0, left=p[i], left_transposed=True) for i in of]
+        for i, result in zip(of, _multiply([block], terms, None, ()) if terms else (), strict=True):
+            assert result.left is not None
+            found[i] = result.left.to(group.down[i].dtype)
+    return [found[i] for i in range(len(p))]

@@ -44,7 +44,9 @@ class _Entry:
 
     def storage(self) -> torch.UntypedStorage | None:
         """The buffer's storage, or None once it is gone."""
-        found: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(self.weak.cdata)
+        found: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(
+            self.weak.cdata
+        )
         return found
 
 

@@ -210,7 +210,11 @@ def _make_room(graph: fx.Graph, node: fx.Node, space: room.Room) -> None:
     args = _args(node)
     x = args[_X]
     producer = x.args[0] if ir.is_call(x, operator.getitem) and x.args[1] == 0 else x
-    unseen = all(u.target is _op() or ir.is_call(u, aten.linear.default) for u in x.users)
+    # Two groups would write over each other's thin products, which the backward reads.
+    groups = [u for u in x.users if u.target is _op()]
+    unseen = len(groups) == 1 and all(
+        u is node or ir.is_call(u, aten.linear.default) for u in x.users
+    )
     if unseen and _with_room(graph, producer, room=space.columns):
         args[_ROOMY] = True
     y, _ = _pieces(node) if len(args[_WIDTHS]) == 1 else (None, None)

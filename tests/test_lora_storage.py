@@ -94,9 +94,7 @@ def test_layers_of_one_input_share_a_buffer() -> None:
 def test_dropout_and_checkpointing() -> None:
     ours, eager = (adapted(dropout=0.3) for _ in range(2))
     for model in (ours, eager):
-        model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     fusewright.optimize(ours, lowering="fx")
     assert_same_losses(ours, eager)
     assert moved(ours)
