@@ -238,7 +238,7 @@ def _backward_tile(
             taken = taken + (tl.load(x_at + columns, mask=mask, other=0.0),)
             given = given + (tl.load(dy_at + columns, mask=mask, other=0.0),)
     weights = held
-    if not HOIST:
+    if not (HOIST or RELOAD):
         weights = _weights(weight_ptr, width, PIECE, PIECES, EVEN)
     products = tl.zeros([ROWS, PIECE], tl.float32)
     shifts = tl.zeros([ROWS, PIECE], tl.float32)
@@ -260,7 +260,11 @@ def _backward_tile(
             db += g
         new_dweight, new_dbias = new_dweight + (dw,), new_dbias + (db,)
         if weight_ptr is not None:
-            g = g * (weights[at].to(tl.float32) + OFFSET)
+            if RELOAD and not HOIST:
+                w = _vector(weight_ptr, columns, width, at, PIECES, EVEN)
+            else:
+                w = weights[at]
+            g = g * (w.to(tl.float32) + OFFSET)
         products += g * xhat
         if CENTERED:
             shifts += g
@@ -282,9 +286,10 @@ def _backward_tile(
             xhat = _normalised(t, mean, rstd, columns, width, at, PIECES, CENTERED, EVEN)
             g = g.to(tl.float32)
             if weight_ptr is not None:
-                w = weights[at]
-                if RELOAD:
+                if RELOAD and not HOIST:
                     w = _vector(weight_ptr, columns, width, at, PIECES, EVEN)
+                else:
+                    w = weights[at]
                 g = g * (w.to(tl.float32) + OFFSET)
             d = g - xhat * along
             if CENTERED:
@@ -310,7 +315,7 @@ def norm_backward(
     held, dw, db = (), (), ()
     if HOIST:
         held = _weights(weight_ptr, width, PIECE, PIECES, EVEN)
-    for at in tl.static_range(PIECES):
+    for _ in tl.static_range(PIECES):
         dw = dw + (tl.zeros([ROWS, 1 if dweight_ptr is None else PIECE], tl.float32),)
         db = db + (tl.zeros([ROWS, 1 if dbias_ptr is None else PIECE], tl.float32),)
     start = tl.program_id(0) * ROWS

@@ -132,7 +132,8 @@ def _summing_tile(
         rows = max(1, min(32, 4096 // power_of_two(numbers)))
     warps = threads // limits.warp
     if numbers > 12288:
-        return Tile(rows, warps, per_sm, reload=wide or sums == 2, piece=8192 if sums == 2 else 0)
+        again = wide or sums == 2 or inputs > 2
+        return Tile(rows, warps, per_sm, reload=again, piece=8192 if again else 0)
     if sums == 1 and inputs == 2 and numbers == 8192:
         return Tile(rows, warps, per_sm)
     tile_bytes = numbers * itemsize * (rows * inputs + (2 if wide else 1))
