@@ -20,7 +20,7 @@ from fusewright.kernels.launch import tl, triton
 
 
 @triton.jit
-def _offset(row, inner, outer_stride, inner_stride):
+def row_offset(row, inner, outer_stride, inner_stride):
     """Where the rows of a tile begin, as a column."""
     outer = row // inner
     at = outer.to(tl.int64) * outer_stride + (row - outer * inner).to(tl.int64) * inner_stride
@@ -78,7 +78,7 @@ def _vector(
 
 
 @triton.jit
-def _columns_of(t, ROWS: tl.constexpr):
+def columns_of(t, ROWS: tl.constexpr):
     """The sums of the columns of a tile."""
     return t if ROWS == 1 else tl.sum(t, 0)[None, :]
 
@@ -109,8 +109,8 @@ def _forward_tile(
 ):  # fmt: skip
     row = first + tl.arange(0, ROWS)
     there = (row < rows)[:, None]
-    x_at = _offset(row, inner, x_outer, x_inner)
-    residual_at = _offset(row, inner, residual_outer, residual_inner)
+    x_at = row_offset(row, inner, x_outer, x_inner)
+    residual_at = row_offset(row, inner, residual_outer, residual_inner)
     taken = ()
     for at in tl.static_range(PIECES):
         columns = _columns(at, PIECE)
@@ -134,7 +134,7 @@ def _forward_tile(
         squares += x * x
     rstd = tl.div_rn(1.0, tl.sqrt_rn(_mean(squares, width) + eps))
     tl.store(rstd_ptr + row[:, None], rstd, mask=there)
-    y_at = _offset(row, inner, y_outer, y_inner)
+    y_at = row_offset(row, inner, y_outer, y_inner)
     for at in tl.static_range(PIECES):
         columns = _columns(at, PIECE)
         mask = _mask(there, columns, width, at, PIECES, EVEN)
@@ -223,8 +223,8 @@ def _backward_tile(
     """Store dx of a tile; the sums of the gradients of weight and bias with the tile added."""
     row = first + tl.arange(0, ROWS)
     there = (row < rows)[:, None]
-    x_at = x_ptr + _offset(row, inner, x_outer, x_inner)
-    dy_at = dy_ptr + _offset(row, inner, dy_outer, dy_inner)
+    x_at = x_ptr + row_offset(row, inner, x_outer, x_inner)
+    dy_at = dy_ptr + row_offset(row, inner, dy_outer, dy_inner)
     rstd = tl.load(rstd_ptr + row[:, None], mask=there, other=0.0)
     mean = rstd
     if CENTERED:
@@ -296,7 +296,7 @@ def _backward_tile(
                 d -= shift
             d = d * rstd
             if dsum_ptr is not None:
-                dsum_at = _offset(row, inner, dsum_outer, dsum_inner) + columns
+                dsum_at = row_offset(row, inner, dsum_outer, dsum_inner) + columns
                 d += tl.load(dsum_ptr + dsum_at, mask=mask, other=0.0).to(tl.float32)
             dx_at = row.to(tl.int64)[:, None] * width + columns
             tl.store(dx_ptr + dx_at, d.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -349,64 +349,4 @@ def _store_sums(
         start = ptr + tl.program_id(0).to(tl.int64) * width
         for at in tl.static_range(PIECES):
             columns = _columns(at, PIECE)
-            tl.store(start + columns, _columns_of(sums[at], ROWS), mask=columns < width)
-
-
-@triton.jit
-def weight_gradients(
-    dy_ptr, x_ptr, mean_ptr, rstd_ptr, dweight_ptr, dbias_ptr,
-    rows, width, inner, dy_outer, dy_inner, x_outer, x_inner, blocks,
-    CENTERED: tl.constexpr, ROUND_INPUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Partial sums as in ``norm_backward`` where a whole row of them does not fit in registers.
-
-    A program takes BLOCK columns of every tile that is its turn.
-    """
-    split, splits = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
-    columns = (tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK))[None, :]
-    inside = columns < width
-    dweight = tl.zeros([ROWS, BLOCK], tl.float32)
-    dbias = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in range(split * ROWS, rows, splits * ROWS):
-        row = first + tl.arange(0, ROWS)
-        there = (row < rows)[:, None]
-        mask = there & inside
-        at = _offset(row, inner, dy_outer, dy_inner) + columns
-        g = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        if dweight_ptr is not None:
-            at = _offset(row, inner, x_outer, x_inner) + columns
-            t = tl.load(x_ptr + at, mask=mask, other=0.0)
-            xhat = t.to(tl.float32)
-            if CENTERED:
-                xhat -= tl.load(mean_ptr + row[:, None], mask=there, other=0.0)
-            xhat *= tl.load(rstd_ptr + row[:, None], mask=there, other=0.0)
-            if ROUND_INPUT:
-                xhat = xhat.to(t.dtype).to(tl.float32)
-            dweight += g * xhat
-        if dbias_ptr is not None:
-            dbias += g
-    at = split.to(tl.int64) * width + columns
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + at, _columns_of(dweight, ROWS), mask=inside)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + at, _columns_of(dbias, ROWS), mask=inside)
-
-
-@triton.jit
-def column_sums(
-    partial_ptr, first_ptr, second_ptr, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Sum the ``rows`` partial rows of one gradient, or of two that lie one behind the other."""
-    which = tl.program_id(1)
-    columns = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    inside = columns < width
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in range(0, rows, ROWS):
-        row = (first + tl.arange(0, ROWS))[:, None]
-        at = (which * rows + row).to(tl.int64) * width + columns
-        total += tl.load(partial_ptr + at, mask=(row < rows) & inside, other=0.0)
-    result = tl.sum(total, 0)[None, :]
-    if which == 0:
-        tl.store(first_ptr + columns, result.to(first_ptr.dtype.element_ty), mask=inside)
-    elif second_ptr is not None:
-        tl.store(second_ptr + columns, result.to(second_ptr.dtype.element_ty), mask=inside)
+            tl.store(start + columns, columns_of(sums[at], ROWS), mask=columns < width)

@@ -13,12 +13,8 @@ from fusewright.kernels import device
 from fusewright.kernels.device import Limits
 from fusewright.kernels.launch import HAS_TRITON, on_device_of
 from fusewright.kernels.launcher import Launcher
-from fusewright.kernels.norm_kernels import (
-    column_sums,
-    norm_backward,
-    norm_forward,
-    weight_gradients,
-)
+from fusewright.kernels.norm_kernels import norm_backward, norm_forward
+from fusewright.kernels.norm_sum_kernels import column_sums, weight_gradients
 from fusewright.kernels.norm_tiles import (
     Tile,
     backward_tile,

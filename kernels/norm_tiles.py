@@ -99,9 +99,10 @@ def backward_tile(
     rows = max(1, min(16, 2048 // numbers))
     if numbers > 8192:
         # Two programs of 512 threads on a multiprocessor have 64 registers a thread.
-        piece = 2048 if numbers > 12288 else 0
-        per_thread = 16 if itemsize == 4 else 24
-        return Tile(1, _warps(numbers, per_thread, limits), reload=True, piece=piece)
+        single, widest = itemsize == 4, numbers > 12288
+        piece = 2048 if widest and not (single or wide) else 0
+        again = single or not (wide and widest)
+        return Tile(1, _warps(numbers, 16 if single else 24, limits), reload=again, piece=piece)
     return Tile(rows, _warps(rows * numbers, 16, limits))
 
 
@@ -121,8 +122,8 @@ def _summing_tile(
         warps = _warps(rows * numbers, 8, limits)
         per_sm = max(1, min(4, 768 // (warps * limits.warp)))
         stages = _stages(2, numbers * itemsize * (rows * inputs + 1), per_sm, limits)
-        reload = numbers > 8192
-        return Tile(rows, warps, per_sm, 1 if reload else stages, reload=reload)
+        crowded = sums == 2 and piece_of(width) < numbers
+        return Tile(rows, warps, per_sm, 1 if crowded else stages)
     if piece_of(width) < numbers < 4096:
         # Many short pieces: four programs of 128 threads, so that each has enough of a row to do.
         threads, per_sm, rows = 128, 4, 1
@@ -133,7 +134,7 @@ def _summing_tile(
     warps = threads // limits.warp
     if numbers > 12288:
         again = wide or sums == 2 or inputs > 2
-        return Tile(rows, warps, per_sm, reload=again, piece=8192 if again else 0)
+        return Tile(rows, warps, per_sm, reload=again, piece=8192 if sums == 2 or inputs > 2 else 0)
     if sums == 1 and inputs == 2 and numbers == 8192:
         return Tile(rows, warps, per_sm)
     tile_bytes = numbers * itemsize * (rows * inputs + (2 if wide else 1))
@@ -145,4 +146,4 @@ def sums_fit(width: int, itemsize: int, sums: int, wide: bool = False) -> bool:
     """Whether a row of partial sums fits in registers beside the rows that are read."""
     if sums == 1 or covered(width) <= 8192:
         return True
-    return itemsize == 2 and (covered(width) <= 12288 or not wide)
+    return itemsize == 2 and not wide
