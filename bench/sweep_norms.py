@@ -1,6 +1,9 @@
 """Try tiles of the norms' and rope's kernels on a GPU; prints the best and the chosen ones.
 
-    python bench/sweep_norms.py OUT.json [--budget SECONDS] [--only NAME]
+    python bench/sweep_norms.py OUT.json [--budget SECONDS] [--only NAME] [--rope]
+
+All variants are compiled first, in as many processes as there are cores and 16 at most. A tile is
+rows, warps, programs per multiprocessor, stages, hoist, reload, piece; "-" is the chosen one.
 
 The heuristics in kernels/ are written by hand from this table: kernels never choose by measuring.
 """
@@ -23,42 +26,56 @@ from triton.runtime.errors import TritonError
 
 from fusewright.kernels import device, norm_launch, rope_kernels
 from fusewright.kernels.norm_launch import Tile
+from fusewright.kernels.norm_tiles import covered
 
-NORMS = (("rms", "forward"), ("add", "forward"), ("rms", "dx"), ("rms", "dx+dw"), ("add", "dx+dw"),
-         ("layer", "forward"), ("layer", "dx+dw"))  # fmt: skip
-WIDTHS = (1024, 2048, 4096, 5120, 8192, 16384, 128)
+NORMS = (("layer", "dx+dw"), ("layer", "forward"), ("rms", "dx+dw"), ("add", "dx+dw"),
+         ("rms", "dx"), ("add", "dx"), ("rms", "forward"))  # fmt: skip
+WIDTHS = (11008, 16384, 5120, 2304, 6144, 8192, 1024)
+SHORT = (1024, 2304, 5120)  # widths that are measured with few rows too
 CHOSEN = {n: getattr(norm_launch, n) for n in ("forward_tile", "backward_tile")}
 _FAILURES = (RuntimeError, ValueError, AssertionError, TritonError)
-COLUMNS = ["name", "width", "us", "of_copy", "tile", "chosen"]
+COLUMNS = ["name", "shape", "us", "of_copy", "tile"]
 
 
-def _block(width: int) -> int:
-    return 1 << (width - 1).bit_length()
-
-
-def tiles(case: NormCase) -> Iterator[Tile]:
-    """Tiles worth trying, those of 8 to 64 numbers a thread."""
-    block = _block(case.width)
-    for rows, warps in itertools.product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32)):
-        numbers = rows * block
-        per_thread = numbers // (warps * 32)
-        if not 8 <= per_thread <= 32 or numbers > max(8192, block) or numbers < 1024:
+def _stateless(case: NormCase) -> Iterator[Tile]:
+    """Tiles of a forward, or of a backward without weight gradients: 8 to 64 numbers a thread."""
+    numbers = covered(case.width)
+    for rows, threads in itertools.product((1, 2), (32, 64, 128, 256, 512)):
+        if not 8 <= rows * numbers // threads <= 64 or (rows == 2 and numbers > 2560):
             continue
-        if block >= 1024 and numbers < 2048:
+        yield Tile(rows, threads // 32)
+        if numbers >= 4096 and rows == 1:
+            yield Tile(rows, threads // 32, reload=True)
+            if numbers > 8192 and case.direction == "dx":
+                yield Tile(rows, threads // 32, reload=True, piece=2048)
+    if case.direction == "forward" and numbers >= 4096:
+        yield Tile(1, 8, 2, 3)
+        yield Tile(1, 16, 1, 3)
+        yield Tile(1, 16, 2, 2)
+
+
+def _summing(case: NormCase) -> Iterator[Tile]:
+    """Tiles of a backward with weight gradients: loops, with and without prefetching."""
+    numbers, inputs = covered(case.width), 3 if case.kind == "add" else 2
+    for rows, threads in itertools.product((1, 2, 4), (128, 256, 512)):
+        if not 10 <= rows * numbers // threads <= 32 or (rows > 1 and rows * numbers > 8192):
             continue
-        if case.direction == "forward" and not (rows > 1 and numbers > 4096):
-            yield Tile(rows, warps, 0, 1, False)
-            yield Tile(rows, warps, 0, 1, True)
-        elif case.direction == "dx" and not (rows > 1 and numbers > 4096):
-            yield Tile(rows, warps, 0, 1, False)
-        for threads in (512, 1024):  # of a multiprocessor
-            per_sm = max(1, threads // (warps * 32))
-            stages = (1, 2, 3) if case.direction == "dx+dw" else (2, 3)
-            for stage in stages if numbers >= 4096 else stages[:-1]:
-                if (stage - 1) * numbers * 2 * 4 * per_sm < 200 * 1024 and per_sm <= 16:
-                    yield Tile(rows, warps, per_sm, stage, False)
-            if case.direction == "dx+dw" and rows == 1:
-                yield Tile(rows, warps, per_sm, 1, False, True)
+        warps, per_sm = threads // 32, 512 // threads
+        for hoist, stages in itertools.product((False, True), (2, 3, 4)):
+            held = (stages - 1) * (inputs + (not hoist)) * rows * numbers * 2 * per_sm
+            if held <= 216 * 1024 and not (stages == 4 and numbers > 4096):
+                yield Tile(rows, warps, per_sm, stages, hoist)
+        if numbers >= 8192:
+            yield Tile(rows, warps, per_sm, 1)
+            for piece in (2048, 4096, 8192):
+                yield Tile(rows, warps, per_sm, 1, reload=True, piece=piece)
+        if numbers <= 2560:
+            yield Tile(rows, warps, per_sm // 2 or 1, 3)
+
+
+def tiles(case: NormCase) -> list[Tile]:
+    """Tiles worth trying."""
+    return list(_summing(case) if case.direction == "dx+dw" else _stateless(case))
 
 
 def _use(tile: Tile | None) -> None:
@@ -70,7 +87,7 @@ def _compile(jobs: list[tuple[NormCase, Tile]]) -> None:
     for case, tile in jobs:
         _use(tile)
         try:
-            NormCase(case.kind, case.direction, 512, case.width).ours()()
+            case.ours()()
         except _FAILURES as failure:  # what does not fit is reported when it is timed
             print("skipped", case.name, case.width, tile, type(failure).__name__)
     torch.cuda.synchronize()
@@ -101,8 +118,8 @@ def measure(case: NormCase, tile: Tile | None, prepared: Prepared) -> dict[str, 
         print("failed", case.name, case.width, tile, str(failure)[:120])
         torch.cuda.synchronize()
         return None
-    return {"name": case.name, "width": case.width, "us": ms * 1e3, "rate": case.bytes / ms,
-            "tile": "-" if tile is None else ",".join(str(int(v)) for v in tile)}  # fmt: skip
+    return {"name": case.name, "shape": f"{case.rows}x{case.width}", "us": ms * 1e3,
+            "rate": case.bytes / ms, "tile": "-" if tile is None else ",".join(str(int(v)) for v in tile)}  # fmt: skip
 
 
 def sweep_rope(copy: float) -> list[dict[str, Any]]:
@@ -122,8 +139,8 @@ def sweep_rope(copy: float) -> list[dict[str, Any]]:
         rope_kernels.tile = chosen
         mine = chosen(*heads, device.limits(torch.device("cuda")))
         for ms, cut in sorted(found)[:3] + [f for f in found if f[1] == ",".join(map(str, mine))]:
-            rows.append({"name": case.name, "us": ms * 1e3, "of_copy": case.bytes / ms / copy,
-                         "tile": cut, "chosen": cut == ",".join(map(str, mine))})  # fmt: skip
+            rows.append({"name": case.name, "shape": case.tokens, "us": ms * 1e3, "of_copy": case.bytes / ms / copy,
+                         "tile": cut})  # fmt: skip
     return rows
 
 
@@ -131,18 +148,19 @@ def main() -> None:
     """Sweep, write JSON, print the best tiles."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out")
-    parser.add_argument("--budget", type=float, default=240.0)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--budget", type=float, default=140.0)
+    parser.add_argument("--only", default="", help="a part of the norm's name, such as 'layer'")
     parser.add_argument("--rows", type=int, default=16384)
+    parser.add_argument("--rope", action="store_true", help="rope's tiles too")
     options = parser.parse_args()
     begin = time.monotonic()
-    cases = [NormCase(*n, options.rows * (16 if w == 128 else 1), w) for w in WIDTHS for n in NORMS]
-    alike = (("add", "forward"), ("layer", "forward"), ("rms", "dx"))  # like rms, at most widths
-    cases = [c for c in cases if c.width in (4096, 16384) or (c.kind, c.direction) not in alike]
-    cases = [c for c in cases if c.width != 128 or c.kind == "rms"]
+    cases = [NormCase(*n, options.rows, w) for n in NORMS for w in WIDTHS]
+    cases += [NormCase(*n, 4096, w) for n in NORMS for w in SHORT if n[1] == "dx+dw"]
     cases = [c for c in cases if options.only in c.name]
     variants = {
-        (c, t._replace(per_sm=min(t.per_sm, 1))) for c in cases for t in (*tiles(c), None) if t
+        (NormCase(c.kind, c.direction, 512, c.width), t._replace(per_sm=min(t.per_sm, 1)))
+        for c in cases
+        for t in tiles(c)
     }
     jobs = sorted(variants, key=str)
     workers = max(1, min(16, os.cpu_count() or 2))
@@ -150,11 +168,11 @@ def main() -> None:
         list(pool.map(_compile, [jobs[i::workers] for i in range(workers)]))
     print(f"{len(jobs)} variants compiled in {time.monotonic() - begin:.0f} s", flush=True)
     copy = copy_bandwidth()
-    best: list[dict[str, Any]] = sweep_rope(copy) if options.only in "rope" else []
+    best: list[dict[str, Any]] = sweep_rope(copy) if options.rope else []
     everything = list(best)
     for case in cases:
         if time.monotonic() - begin > options.budget:
-            print("out of time before", case.name, case.width)
+            print("out of time before", case.name, case.rows, case.width)
             break
         ready = Prepared(case)
         found = [r for t in (None, *tiles(case)) if (r := measure(case, t, ready)) is not None]
@@ -162,7 +180,7 @@ def main() -> None:
             row["of_copy"] = row["rate"] / copy
         everything += found
         chosen = [r for r in found if r["tile"] == "-"]
-        best += sorted(found, key=lambda r: r["us"])[:4] + chosen
+        best += sorted(found, key=lambda r: r["us"])[:3] + chosen
         with open(options.out, "w") as file:
             json.dump({"copy_TB_per_s": copy / 1e9, "sweep": everything}, file)
     print(table(best, COLUMNS))

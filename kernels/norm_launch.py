@@ -13,17 +13,13 @@ from fusewright.kernels import device
 from fusewright.kernels.device import Limits
 from fusewright.kernels.launch import HAS_TRITON, on_device_of
 from fusewright.kernels.launcher import Launcher
-from fusewright.kernels.norm_kernels import (
-    column_sums,
-    norm_backward,
-    norm_forward,
-    weight_gradients,
-)
+from fusewright.kernels.norm_kernels import norm_backward, norm_forward
+from fusewright.kernels.norm_sum_kernels import column_sums, weight_gradients
 from fusewright.kernels.norm_tiles import (
     Tile,
     backward_tile,
-    blocks,
     forward_tile,
+    piece_of,
     power_of_two,
     sums_fit,
 )
@@ -51,10 +47,9 @@ def launchable(x: torch.Tensor, *others: torch.Tensor | torch.dtype | None) -> b
 
 def _constants(tile: Tile, width: int) -> tuple[int | bool, ...]:
     """The constants of a tile, in the kernels' order."""
-    block, tail = blocks(width)
-    whole = block + tail == width
-    cut = (tile.rows, block, tail, whole or tail > 0, whole)
-    return *cut, tile.per_sm > 0, tile.stages, tile.hoist and not tail
+    piece = tile.piece or piece_of(width)
+    cut = (tile.rows, piece, -(-width // piece), width % piece == 0)
+    return *cut, tile.per_sm > 0, tile.stages
 
 
 def _programs(tiles: int, per_sm: int, limits: Limits) -> int:
@@ -172,7 +167,7 @@ def forward(
             (_programs(-(-rows // tile.rows), tile.per_sm, limits), 1),
             tensors,
             (rows, width, walk.inner, *strides, eps),
-            (offset, centered, cast == "input", *_constants(tile, width)),
+            (offset, centered, cast == "input", *_constants(tile, width), tile.reload),
             tile.warps,
         )
     if target is not y:
@@ -210,7 +205,8 @@ def backward(
                _in_order(rstd, x), offset, cast == "input")  # fmt: skip
     wanted = [v for v, need in ((weight, need_weight), (bias, need_bias)) if need and v is not None]
     with on_device_of(x):
-        if not wanted or (need_x and sums_fit(width, x.element_size(), len(wanted))):
+        fit = sums_fit(width, x.element_size(), len(wanted), _wide(weight, x))
+        if not wanted or (need_x and fit):
             partial = _row_gradients(job, dx, len(wanted), need_weight and weight is not None)
         else:
             if need_x:
@@ -267,7 +263,8 @@ def _row_gradients(job: _Job, dx: Maybe, sums: int, of_weight: bool) -> Maybe:
             job.mean is not None,
             job.round_input,
             *_constants(tile, width),
-            tile.reload and not blocks(width)[1],
+            tile.hoist,
+            tile.reload,
         ),
         tile.warps,
     )
@@ -301,12 +298,13 @@ def _finish(partial: Maybe, wanted: list[torch.Tensor]) -> list[torch.Tensor]:
         return []
     sums = [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in wanted]
     count, rows, width = partial.shape
-    block = 16
+    # All rows at once where registers allow: the time is that of one trip to the second cache.
+    block = 8 if width <= 2048 else 16
     _columns(
         (-(-width // block), count),
         (partial, sums[0], sums[1] if count > 1 else None),
         (rows, width),
-        (max(8, min(256, power_of_two(rows))), block),
-        4,
+        (max(8, min(512, power_of_two(rows))), block),
+        4 if block == 8 else 8,
     )
     return sums

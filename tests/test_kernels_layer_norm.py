@@ -159,6 +159,22 @@ def test_sums_that_do_not_fit_in_registers(
     )
 
 
+@pytest.mark.parametrize("bias_alone", [True, False])
+def test_sums_without_the_gradient_of_x(kernels: Backend, bias_alone: bool) -> None:
+    x, w, b = torch.randn(70, 300), torch.randn(300), torch.randn(300)
+    fixed = on(kernels, x).detach()
+    compare(
+        kernels,
+        lambda b, w: kernels.ops.layer_norm(
+            fixed, w.detach() if bias_alone else w, b, EPS, 0.0, "output", torch.float32
+        )[0] + (0 * w.sum() if bias_alone else 0),
+        lambda b, w: F.layer_norm(
+            fixed.to(b.dtype), (300,), w.detach() if bias_alone else w, b, EPS
+        ) + (0 * w.sum() if bias_alone else 0),
+        (b, w),
+    )  # fmt: skip
+
+
 def test_bad_input_is_named(backend: Backend) -> None:
     op, x = backend.ops.layer_norm, torch.randn(2, 4, device=backend.device)
     with pytest.raises(ValueError, match=r"bias: expected shape \(4,\), got \(2, 4\)"):
@@ -176,7 +192,7 @@ def test_fake_agrees(backend: Backend) -> None:
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in (torch.bfloat16, torch.float32):
-        for width in (4096, 16384):
+        for width in (5120, 11008, 16384):
             x, w, r = torch.empty(8, width, dtype=dtype), torch.empty(width), torch.empty(8)
             args, tail = (EPS, 0.0, "output", dtype), (r, r, 0.0, "output", True)
             yield f"{dtype} {width}", lambda x=x, w=w, a=args: layer_norm.triton_fwd(x, w, w, *a)

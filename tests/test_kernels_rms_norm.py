@@ -180,28 +180,19 @@ def test_weight_gradient_is_reproducible_and_honours_frozen_sides(backend: Backe
         )
 
 
-def test_sums_that_do_not_fit_in_registers(
-    kernels: Backend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(norm_launch, "sums_fit", lambda *_: False)
-    x, w = torch.randn(70, 300), torch.randn(300)
-    compare(
-        kernels,
-        lambda x, w: kernels.ops.rms_norm(x, w, EPS, 0.0, "input", torch.float32)[0],
-        lambda x, w: eager(x, w, 0.0, "input"),
-        (x, w),
-    )
-
-
 @pytest.mark.parametrize("stages", [0, 1, 3])
-@pytest.mark.parametrize("hoist", [False, True])
+@pytest.mark.parametrize(
+    ("hoist", "reload", "piece"), [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 0, 16), (0, 1, 8)]
+)
 def test_every_tile_gives_the_same(
-    kernels: Backend, monkeypatch: pytest.MonkeyPatch, stages: int, hoist: bool
-) -> None:
+    kernels: Backend, monkeypatch: pytest.MonkeyPatch, stages: int, hoist: int, reload: int,
+    piece: int,
+) -> None:  # fmt: skip
     x, w = (on(kernels, t) for t in (torch.randn(21, 40), torch.randn(40)))
     dy = torch.randn(21, 40).to(x.device)
     results = []
-    for tile in (None, norm_launch.Tile(4, 4, 2 if stages else 0, max(stages, 1), hoist)):
+    cut = (4, 4, 2 if stages else 0, max(stages, 1), bool(hoist), bool(reload), piece)
+    for tile in (None, norm_launch.Tile(*cut)):
         if tile is not None:
             monkeypatch.setattr(norm_launch, "forward_tile", lambda *_, tile=tile: tile)
             monkeypatch.setattr(norm_launch, "backward_tile", lambda *_, tile=tile: tile)
@@ -211,9 +202,9 @@ def test_every_tile_gives_the_same(
 
 
 @pytest.mark.parametrize("width", [1100, 1536, 2304])
-def test_rows_of_two_blocks(kernels: Backend, width: int) -> None:
+def test_rows_of_several_pieces(kernels: Backend, width: int) -> None:
     x, w = torch.randn(5, width), torch.randn(width)
-    assert norm_launch.blocks(width)[1]
+    assert norm_launch.piece_of(width) < width
     compare(
         kernels,
         lambda x, w: kernels.ops.rms_norm(x, w, EPS, 0.0, "input", torch.float32)[0],
@@ -269,7 +260,7 @@ def test_offsets_past_2_to_the_31() -> None:
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in (torch.bfloat16, torch.float32):
-        for width in (1024, 16384) if dtype is torch.float32 else (128, 5120, 16384):
+        for width in (1024, 16384) if dtype is torch.float32 else (128, 2304, 11008, 16384):
             x, w, r = torch.empty(8, width, dtype=dtype), torch.empty(width), torch.empty(8)
             args = (EPS, 0.0, "input", dtype)
             tail = (r, 0.0, "input", True)
