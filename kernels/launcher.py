@@ -3,12 +3,16 @@
 Triton specialises every argument of every launch: some 15 microseconds for twenty arguments. What it
 compiles depends on dtypes, on the alignment of pointers and on numbers, so where all of these are as
 they were before, so is the compiled kernel.
+
+A launch can be recorded, so that whoever recorded a whole host function can repeat its launches
+without running the function again (``fusewright.runtime.replay``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,12 +22,34 @@ if HAS_TRITON:
     from triton import knobs
 
 _MOST = 2048  # launches remembered of one kernel, before all are forgotten
+current_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda index: 0
+)
 
 
-def _hooked() -> bool:
+def hooked() -> bool:
     """Whether somebody (a profiler) watches launches; then Triton launches."""
-    hook = knobs.runtime.launch_enter_hook
+    hook = knobs.runtime.launch_enter_hook if HAS_TRITON else None
     return hook is not None and bool(getattr(hook, "calls", True))
+
+
+class Launch(NamedTuple):
+    """One launch: the compiled kernel (None under the interpreter) and what it was given."""
+
+    compiled: Any
+    grid: tuple[int, int]
+    tensors: tuple[torch.Tensor | None, ...]
+    numbers: tuple[float, ...]
+    constants: tuple[Any, ...]
+
+
+class _Recorder(threading.local):
+    """Where this thread's launches are written down, if anywhere."""
+
+    launches: list[Any] | None = None
+
+
+recorder = _Recorder()
 
 
 class Launcher:
@@ -49,6 +75,24 @@ class Launcher:
 
         At least one tensor must be given. Tensors are of the current device.
         """
+        launches = recorder.launches
+        if launches is not None:
+            # What Triton or its interpreter do with tensors is no part of the host function.
+            with torch._C._DisableTorchDispatch():
+                compiled = self._launch(grid, tensors, numbers, constants, warps)
+            launches.append(Launch(compiled, grid, tuple(tensors), numbers, constants))
+        else:
+            self._launch(grid, tensors, numbers, constants, warps)
+
+    def _launch(
+        self,
+        grid: tuple[int, int],
+        tensors: Sequence[torch.Tensor | None],
+        numbers: tuple[float, ...],
+        constants: tuple[Any, ...],
+        warps: int,
+    ) -> Any:
+        """Launch, and return the compiled kernel; None under the interpreter."""
         index = -1
         bits = 0
         pointers: list[int | None] = []
@@ -65,7 +109,7 @@ class Launcher:
                 index = t.get_device()
         key = (index, *dtypes, *numbers, *constants, warps)
         compiled = self._known.get(key)
-        if compiled is None or bits & 15 or _hooked():
+        if compiled is None or bits & 15 or hooked():
             launched = self.kernel[grid](
                 *tensors, *numbers, *constants, num_warps=warps, **self._options
             )  # fmt: skip
@@ -73,9 +117,9 @@ class Launcher:
                 if len(self._known) >= _MOST:
                     self._known.clear()
                 self._known[key] = launched
-            return
-        stream = torch._C._cuda_getCurrentRawStream(index)
+            return launched
         compiled.run(
-            *grid, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
-            *pointers, *numbers, *constants,
+            *grid, 1, current_stream(index), compiled.function, compiled.packed_metadata,
+            None, None, None, *pointers, *numbers, *constants,
         )  # fmt: skip
+        return compiled

@@ -2,7 +2,8 @@
 
 An op is registered once per process under ``torch.ops.fusewright``. A low-level library with an
 Autograd key is used because it is the cheapest of the ways torch offers: 16 microseconds a call,
-forward with grad, against 32 for ``torch.library.custom_op``.
+forward with grad, against 32 for ``torch.library.custom_op``. Python's own calls with plain tensors do
+not even go that way (``quick``).
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ import torch
 
 from fusewright.kernels import catalogue
 from fusewright.kernels.spec import OpSpec
+from fusewright.runtime import quick
+from fusewright.runtime.replay import Planned, planned
 from fusewright.runtime.rule import Arguments, applied
 from fusewright.runtime.shortcut import shortcut
 
 _NAMESPACE = "fusewright"
 
 
-def register(spec: OpSpec, library: torch.library.Library) -> None:
-    """Define one op and its backward in ``library`` with devices, fakes and the autograd rule."""
+def register(spec: OpSpec, library: torch.library.Library, device: str = "cuda") -> None:
+    """Define one op and its backward in ``library`` with devices, fakes and the autograd rule.
+
+    ``device`` is the type of device that ``spec.triton`` is for.
+    """
     backward_name = spec.backward.split("(", 1)[0]
     forward_schema = spec.forward
     if spec.forward_needs:
@@ -39,24 +45,57 @@ def register(spec: OpSpec, library: torch.library.Library) -> None:
     if spec.backward:
         library.define(spec.backward)
         kernels[backward_name] = 1
+    plans: list[Planned | None] = [None, None]
     for name, which in kernels.items():
         library.impl(name, spec.reference[which], "CompositeExplicitAutograd")
         if spec.triton is not None:
-            library.impl(name, spec.triton[which], "CUDA")
+            plan = plans[which] = _planned(spec, name, which, device)
+            call = spec.triton[which] if plan is None else plan.call
+            library.impl(name, call, device.upper())
         torch.library.register_fake(f"{_NAMESPACE}::{name}", spec.fake[which], lib=library)
-    namespace = getattr(torch.ops, _NAMESPACE)
-    forward = getattr(namespace, inner).default
-    if not spec.backward:
-        return
-    backward = getattr(namespace, backward_name).default
+    if spec.backward:
+        _differentiate(spec, library, inner, plans, device)
+    elif plans[0] is not None:
+        quick.shorten(_packet(inner), plans[0], plans[0].tensors, None, device)
+
+
+def _packet(name: str) -> Any:
+    return getattr(getattr(torch.ops, _NAMESPACE), name)
+
+
+def _differentiate(
+    spec: OpSpec,
+    library: torch.library.Library,
+    inner: str,
+    plans: list[Planned | None],
+    device: str,
+) -> None:
+    """Give the op its autograd rule, and the short way to its plans where it has any."""
+    backward_packet = _packet(spec.backward.split("(", 1)[0])
+    forward, backward = _packet(inner).default, backward_packet.default
     arguments = Arguments(spec, forward._schema)
-    if spec.triton is not None:
-        forward = shortcut(forward, spec.triton[0])
-        backward = shortcut(backward, spec.triton[1])
-    apply = applied(spec, forward, backward, arguments)
     watched = arguments.watched
+    short = None
+    if spec.triton is not None:
+        forward_plan, backward_plan = plans
+        kernels = [
+            spec.triton[i] if plan is None else plan.call
+            for i, plan in enumerate((forward_plan, backward_plan))
+        ]
+        forward = shortcut(forward, kernels[0], device)
+        backward = shortcut(backward, kernels[1], device)
+        if forward_plan is not None and backward_plan is not None:
+            rule = quick.differentiated(spec, arguments, forward_plan, backward_plan, backward)
+            short = quick.way(forward_plan, watched, rule)
+            quick.shorten(_packet(spec.name), forward_plan, watched, rule, device)
+            quick.shorten(backward_packet, backward_plan, backward_plan.tensors, None, device)
+    apply = applied(spec, forward, backward, arguments)
 
     def autograd(*values: Any) -> Any:
+        if short is not None:
+            out = short(values)
+            if out is not NotImplemented:
+                return out
         if torch.is_grad_enabled():
             for i in watched:
                 if _wants_grad(values[i]):
@@ -87,3 +126,12 @@ def register_all() -> torch.library.Library:
     for spec in catalogue():
         register(spec, library)
     return library
+
+
+def _planned(spec: OpSpec, name: str, which: int, device: str) -> Planned | None:
+    """The host function with plans; None where it takes lists or is not a matter of launches."""
+    assert spec.triton is not None
+    schema = getattr(getattr(torch.ops, _NAMESPACE), name).default._schema
+    if spec.forward_needs or any("List[Tensor" in str(a.real_type) for a in schema.arguments):
+        return None
+    return planned(spec.triton[which], schema, device)

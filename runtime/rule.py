@@ -59,7 +59,7 @@ class _Placeholder:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _picker(at: Sequence[int]) -> Call:
+def picker(at: Sequence[int]) -> Call:
     """A function that takes the values at these positions, always as a tuple."""
     if len(at) > 1:
         return operator.itemgetter(*at)
@@ -84,7 +84,7 @@ def _selection(spec: OpSpec, args: Arguments) -> _Selection | None:
         ranks.append(next_of[t])
         next_of[t] += 1
     # next_of[1] counts the tensors from 0, next_of[0] the constants behind them
-    return _Selection(_picker(tensors), _picker(constants), _picker(ranks))
+    return _Selection(picker(tensors), picker(constants), picker(ranks))
 
 
 def rule_of(spec: OpSpec, forward: Call, backward: Call, args: Arguments) -> Rule:
@@ -132,7 +132,7 @@ def _plain_rule(
     tensors, constants, order = selection
     results_at = spec.gradients or tuple(range(len(spec.differentiable)))
     watched, count, outputs = args.watched, len(args.names), spec.outputs
-    needs_of = _picker(watched)
+    needs_of = picker(watched)
     targets = tuple(zip(range(len(watched)), watched, results_at, strict=True))
 
     class Plain(_Plain):
