@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fusewright.kernels import thin
+from fusewright.kernels import room, thin
 from fusewright.kernels.lora_group import Group, Needs, Plan, Tensors
 from fusewright.kernels.reduce import absent
 from fusewright.kernels.thin import Copy, Result, Term, Wide
@@ -126,11 +126,9 @@ def _together(parts: list[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
             return torch.cat(parts, 1)
         at += p.shape[1] * p.element_size()
     shape = (first.shape[0], sum(p.shape[1] for p in parts))
-    whole = first.as_strided(shape, first.stride(), first.storage_offset())
-    dense = whole.is_contiguous() and whole.numel() == whole.untyped_storage().nbytes() // (
-        whole.element_size()
-    )
-    return first if dense and len(parts) == 1 else whole.clone()
+    whole = room.part(first, first.storage_offset(), shape, first.stride())
+    dense = whole.numel() * whole.element_size() == whole.untyped_storage().nbytes()
+    return whole if dense else whole.clone()
 
 
 def _place(p: torch.Tensor, target: torch.Tensor, step: int) -> None:

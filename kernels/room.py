@@ -177,10 +177,10 @@ def empty_roomy(
         return torch.empty(shape, dtype=dtype, device=device)
     *lead, width = shape
     whole = torch.empty((*lead, width + room), dtype=dtype, device=device)
-    return _part(whole, 0, shape, whole.stride())
+    return part(whole, 0, shape, whole.stride())
 
 
-def _part(
+def part(
     of: torch.Tensor, offset: int, shape: Sequence[int], strides: Sequence[int]
 ) -> torch.Tensor:
     """A tensor on the storage of ``of`` that autograd does not take for a view of it."""
@@ -196,7 +196,7 @@ def columns_of(whole: torch.Tensor, widths: Sequence[int]) -> list[torch.Tensor]
     pieces, start = [], 0
     for width in widths:
         shape = (*whole.shape[:-1], width)
-        pieces.append(_part(whole, whole.storage_offset() + start, shape, whole.stride()))
+        pieces.append(part(whole, whole.storage_offset() + start, shape, whole.stride()))
         start += width
     return pieces
 
@@ -227,4 +227,4 @@ def widened(rows: torch.Tensor, room: int) -> torch.Tensor | None:
     storage = rows.untyped_storage()
     if end * rows.element_size() > storage.nbytes():
         return None
-    return _part(rows, rows.storage_offset(), (count, width + room), (step, 1))
+    return part(rows, rows.storage_offset(), (count, width + room), (step, 1))
