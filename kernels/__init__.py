@@ -15,6 +15,7 @@ def catalogue() -> tuple[OpSpec, ...]:
         activations,
         add_rms_norm,
         cross_entropy,
+        gated_rms_norm,
         glu,
         layer_norm,
         linear_cross_entropy,
@@ -33,6 +34,7 @@ def catalogue() -> tuple[OpSpec, ...]:
         glu,
         lora,
         cross_entropy,
+        gated_rms_norm,
         linear_cross_entropy,
         nf4,
     )
