@@ -159,7 +159,7 @@ def launch_backward(
     (dy, dy_row), (x, x_row), (gate, gate_row) = rows_of(dy), rows_of(x), rows_of(gate)
     groups, tokens = x.shape[-1] // width, x.numel() // x.shape[-1]
     limits = device.limits(x.device)
-    cut = _cut(width, 8 if x.element_size() == 4 else 16, limits)
+    cut = _cut(width, 8, limits)
     tiles = -(-tokens // cut.rows)
     per_sm = max(1, 1024 // (cut.warps * limits.warp))
     most = max(1, min(tiles, per_sm * limits.multiprocessors // groups))
