@@ -82,7 +82,7 @@ def check(
 
 
 def _grouped(t: torch.Tensor, group: int) -> torch.Tensor:
-    return t.unflatten(-1, (t.shape[-1] // group, group))
+    return t.reshape(*t.shape[:-1], t.shape[-1] // group, group)
 
 
 def _gain(
@@ -200,9 +200,21 @@ def triton_bwd(
     if not _takes(x, group) or not launchable(x, *dtypes):
         return reference_bwd(dy, x, gate, weight, rstd, *rest)
     grads = _fake_bwd(dy, x, gate, weight, rstd, *rest)
-    wanted = (g if g.numel() else None for g in grads)
+    dx, dgate, dweight = (g if g.numel() else None for g in grads)
     launch_backward(
-        dy, x, gate, weight, rstd, *wanted, offset, cast, order == "after", activation, group
+        dy,
+        x,
+        gate,
+        weight,
+        rstd,
+        dx,
+        dgate,
+        dweight,
+        offset,
+        cast,
+        order == "after",
+        activation,
+        group,
     )
     return grads
 

@@ -123,10 +123,10 @@ class _Cut(NamedTuple):
     warps: int
 
 
-def _cut(width: int, per_thread: int, limits: device.Limits) -> _Cut:
-    """2048 numbers a tile at least; some numbers a thread."""
+def _cut(width: int, per_thread: int, limits: device.Limits, least: int = 2048) -> _Cut:
+    """Some numbers a tile at least, and some to a thread."""
     block = power_of_two(width)
-    rows = max(1, min(16, 2048 // block))
+    rows = max(1, min(16, least // block))
     threads = max(128, min(1024, rows * block // per_thread))
     return _Cut(rows, block, threads // limits.warp)
 
@@ -159,7 +159,7 @@ def launch_backward(
     (dy, dy_row), (x, x_row), (gate, gate_row) = rows_of(dy), rows_of(x), rows_of(gate)
     groups, tokens = x.shape[-1] // width, x.numel() // x.shape[-1]
     limits = device.limits(x.device)
-    cut = _cut(width, 8, limits)
+    cut = _cut(width, 4 if width > 2048 else 8, limits, 1024)
     tiles = -(-tokens // cut.rows)
     per_sm = max(1, 1024 // (cut.warps * limits.warp))
     most = max(1, min(tiles, per_sm * limits.multiprocessors // groups))
