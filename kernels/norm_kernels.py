@@ -212,6 +212,42 @@ def _weights(
 
 
 @triton.jit
+def _store_dx(
+    row, there, taken, given, weights, along, shift, mean, rstd, x_at, dy_at,
+    dsum_ptr, weight_ptr, dx_ptr, width, inner, dsum_outer, dsum_inner,
+    OFFSET: tl.constexpr, CENTERED: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
+    EVEN: tl.constexpr, HOIST: tl.constexpr, RELOAD: tl.constexpr,
+):  # fmt: skip
+    """Store dx of a tile whose means are known."""
+    for at in tl.static_range(PIECES):
+        columns = _columns(at, PIECE)
+        mask = _mask(there, columns, width, at, PIECES, EVEN)
+        if RELOAD:
+            # The row is in the first cache now; to hold it would cost another its registers.
+            t = tl.load(x_at + columns, mask=mask, other=0.0, eviction_policy="evict_first")
+            g = tl.load(dy_at + columns, mask=mask, other=0.0, eviction_policy="evict_first")
+        else:
+            t, g = taken[at], given[at]
+        xhat = _normalised(t, mean, rstd, columns, width, at, PIECES, CENTERED, EVEN)
+        g = g.to(tl.float32)
+        if weight_ptr is not None:
+            if RELOAD and not HOIST:
+                w = _vector(weight_ptr, columns, width, at, PIECES, EVEN)
+            else:
+                w = weights[at]
+            g = g * (w.to(tl.float32) + OFFSET)
+        d = g - xhat * along
+        if CENTERED:
+            d -= shift
+        d = d * rstd
+        if dsum_ptr is not None:
+            dsum_at = row_offset(row, inner, dsum_outer, dsum_inner) + columns
+            d += tl.load(dsum_ptr + dsum_at, mask=mask, other=0.0).to(tl.float32)
+        dx_at = row.to(tl.int64)[:, None] * width + columns
+        tl.store(dx_ptr + dx_at, d.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _backward_tile(
     first, held, dweight, dbias,
     dy_ptr, dsum_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr,
@@ -274,32 +310,11 @@ def _backward_tile(
         else:
             along = _mean(products, width)
             shift = along
-        for at in tl.static_range(PIECES):
-            columns = _columns(at, PIECE)
-            mask = _mask(there, columns, width, at, PIECES, EVEN)
-            if RELOAD:
-                # The row is in the first cache now; to hold it would cost another its registers.
-                t = tl.load(x_at + columns, mask=mask, other=0.0, eviction_policy="evict_first")
-                g = tl.load(dy_at + columns, mask=mask, other=0.0, eviction_policy="evict_first")
-            else:
-                t, g = taken[at], given[at]
-            xhat = _normalised(t, mean, rstd, columns, width, at, PIECES, CENTERED, EVEN)
-            g = g.to(tl.float32)
-            if weight_ptr is not None:
-                if RELOAD and not HOIST:
-                    w = _vector(weight_ptr, columns, width, at, PIECES, EVEN)
-                else:
-                    w = weights[at]
-                g = g * (w.to(tl.float32) + OFFSET)
-            d = g - xhat * along
-            if CENTERED:
-                d -= shift
-            d = d * rstd
-            if dsum_ptr is not None:
-                dsum_at = row_offset(row, inner, dsum_outer, dsum_inner) + columns
-                d += tl.load(dsum_ptr + dsum_at, mask=mask, other=0.0).to(tl.float32)
-            dx_at = row.to(tl.int64)[:, None] * width + columns
-            tl.store(dx_ptr + dx_at, d.to(dx_ptr.dtype.element_ty), mask=mask)
+        _store_dx(
+            row, there, taken, given, weights, along, shift, mean, rstd, x_at, dy_at,
+            dsum_ptr, weight_ptr, dx_ptr, width, inner, dsum_outer, dsum_inner,
+            OFFSET, CENTERED, PIECE, PIECES, EVEN, HOIST, RELOAD,
+        )  # fmt: skip
     return new_dweight, new_dbias
 
 
