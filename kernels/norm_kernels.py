@@ -212,6 +212,41 @@ def _weights(
 
 
 @triton.jit
+def _pieces(
+    ptr, there, width, PIECE: tl.constexpr, PIECES: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    """All pieces of some rows."""
+    pieces = ()
+    for at in tl.static_range(PIECES):
+        columns = _columns(at, PIECE)
+        mask = _mask(there, columns, width, at, PIECES, EVEN)
+        pieces = pieces + (tl.load(ptr + columns, mask=mask, other=0.0),)
+    return pieces
+
+
+@triton.jit
+def _held(
+    weights, ptr, columns, width, at: tl.constexpr, PIECES: tl.constexpr, EVEN: tl.constexpr,
+    AGAIN: tl.constexpr,
+):  # fmt: skip
+    """A piece of the weight, from registers or from the cache."""
+    if AGAIN:
+        return _vector(ptr, columns, width, at, PIECES, EVEN)
+    else:
+        return weights[at]
+
+
+@triton.jit
+def _means(products, shifts, width, CENTERED: tl.constexpr):
+    """mean(g x^), and mean(g) where the norm is centred."""
+    if CENTERED:
+        return _two_means(products, shifts, width)
+    else:
+        along = _mean(products, width)
+        return along, along
+
+
+@triton.jit
 def _store_dx(
     row, there, taken, given, weights, along, shift, mean, rstd, x_at, dy_at,
     dsum_ptr, weight_ptr, dx_ptr, width, inner, dsum_outer, dsum_inner,
@@ -231,10 +266,7 @@ def _store_dx(
         xhat = _normalised(t, mean, rstd, columns, width, at, PIECES, CENTERED, EVEN)
         g = g.to(tl.float32)
         if weight_ptr is not None:
-            if RELOAD and not HOIST:
-                w = _vector(weight_ptr, columns, width, at, PIECES, EVEN)
-            else:
-                w = weights[at]
+            w = _held(weights, weight_ptr, columns, width, at, PIECES, EVEN, RELOAD and not HOIST)
             g = g * (w.to(tl.float32) + OFFSET)
         d = g - xhat * along
         if CENTERED:
@@ -268,11 +300,8 @@ def _backward_tile(
     taken, given = (), ()
     if not RELOAD:
         # All of the row is asked for before any of it is used: more bytes are in flight.
-        for at in tl.static_range(PIECES):
-            columns = _columns(at, PIECE)
-            mask = _mask(there, columns, width, at, PIECES, EVEN)
-            taken = taken + (tl.load(x_at + columns, mask=mask, other=0.0),)
-            given = given + (tl.load(dy_at + columns, mask=mask, other=0.0),)
+        taken = _pieces(x_at, there, width, PIECE, PIECES, EVEN)
+        given = _pieces(dy_at, there, width, PIECE, PIECES, EVEN)
     weights = held
     if not (HOIST or RELOAD):
         weights = _weights(weight_ptr, width, PIECE, PIECES, EVEN)
@@ -296,20 +325,13 @@ def _backward_tile(
             db += g
         new_dweight, new_dbias = new_dweight + (dw,), new_dbias + (db,)
         if weight_ptr is not None:
-            if RELOAD and not HOIST:
-                w = _vector(weight_ptr, columns, width, at, PIECES, EVEN)
-            else:
-                w = weights[at]
+            w = _held(weights, weight_ptr, columns, width, at, PIECES, EVEN, RELOAD and not HOIST)
             g = g * (w.to(tl.float32) + OFFSET)
         products += g * xhat
         if CENTERED:
             shifts += g
     if dx_ptr is not None:
-        if CENTERED:
-            along, shift = _two_means(products, shifts, width)
-        else:
-            along = _mean(products, width)
-            shift = along
+        along, shift = _means(products, shifts, width, CENTERED)
         _store_dx(
             row, there, taken, given, weights, along, shift, mean, rstd, x_at, dy_at,
             dsum_ptr, weight_ptr, dx_ptr, width, inner, dsum_outer, dsum_inner,
