@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_work import TARGETS, Work
+from step_work import TARGETS, Work, base, options
 
 
 class NotForThis(RuntimeError):
@@ -81,16 +81,6 @@ class Trainee:
             for name, p in self.raw.named_parameters()
             if p.requires_grad and p.grad is not None
         }
-
-
-def base(peer: str) -> str:
-    """The peer without its options and without +amp: ours:lowering=fx -> ours."""
-    return "+".join(p for p in peer.split(":")[0].split("+") if p != "amp")
-
-
-def options(peer: str) -> dict[str, str]:
-    """ours:lowering=fx:verify=off -> {"lowering": "fx", "verify": "off"}."""
-    return dict(part.split("=", 1) for part in peer.split(":")[1:])
 
 
 def config_of(work: Work) -> Any:

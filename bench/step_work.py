@@ -141,3 +141,13 @@ def linears(work: Work) -> list[tuple[int, int, int]]:
         (hidden, wide, 2),
         (wide, hidden, 1),
     ]
+
+
+def base(peer: str) -> str:
+    """The peer without its options and without +amp: ours:lowering=fx -> ours."""
+    return "+".join(p for p in peer.split(":")[0].split("+") if p != "amp")
+
+
+def options(peer: str) -> dict[str, str]:
+    """ours:lowering=fx:verify=off -> {"lowering": "fx", "verify": "off"}."""
+    return dict(part.split("=", 1) for part in peer.split(":")[1:])
