@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from step_phases import Job, ask, finish, groups, imported, jobs_for, prepare, take_turns
+from step_phases import USABLE, Job, ask, finish, groups, imported, jobs_for, prepare, take_turns
 from step_process import ROOT, Clock, Settings, Worker
 from step_work import WORK, Work, base, workload
 
@@ -41,6 +41,7 @@ class Run:
         self.floors: dict[str, Any] = {}
         self.notes: list[str] = []
         self.started: dict[str, list[Job]] = {}
+        self.importing: list[Job] = []
 
     def say(self, line: str) -> None:
         """A line of progress, with the seconds since the start."""
@@ -65,7 +66,7 @@ class Run:
         names = self.given.works
         for at, name in enumerate(names):
             weights = [WORK[n].weight for n in names[at:]]
-            share = (self.clock.left - 3) * weights[0] / sum(weights)
+            share = (self.clock.left - 8) * weights[0] / sum(weights)
             following = names[at + 1] if at + 1 < len(names) else None
             if share < 15:
                 self.notes.append(f"{name}: skipped, no time left")
@@ -82,8 +83,7 @@ class Run:
         work, began = workload(name, self.settings.tiny), self.clock.spent
         jobs = self.start(name)
         imported(jobs, self.clock, min(IMPORT_LIMIT, share / 2), self.say)
-        if following is not None:
-            self.start(following)
+        self.importing = self.start(following) if following is not None else []
         self.find_machine(jobs)
         memory = self.machine.get("memory_gib") or math.inf
         own = [j for j in jobs if j.peer in ("fp32", "save")]
@@ -95,39 +95,44 @@ class Run:
             self.notes.append(f"{name}: in groups, the first of each repeated: {text}")
         for at, part in enumerate(parts):
             left = share - (self.clock.spent - began)
-            self.group(work, [*own, *part] if at == 0 else part, left / (len(parts) - at))
-            if at == 0 and following is not None:
-                imported(self.started[following], self.clock, 30.0, self.say)
+            whole = [*own, *part] if at == 0 else part
+            self.group(work, whole, left / (len(parts) - at), len(parts) > 1)
         for job in jobs:
             if job.peer in self.given.peers:
                 self.rows.append({"work": name, "peer": job.peer} | job.row)
             if job.peer != "floor":
                 job.worker.end()
-        left = min(self.clock.left - 3, max(10.0, share - (self.clock.spent - began)))
-        ask(floor, "floor", self.clock, left, self.say, each=left)
-        for job in floor:
-            self.floors[name] = job.row
+        left = self.clock.left - 8
+        if floor and left < 6:
+            self.notes.append(f"{name}: no floor, the time was up")
+        elif floor:
+            ask(floor, "floor", self.clock, left, self.say, each=left)
+            self.floors[name] = floor[0].row
 
-    def group(self, work: Work, part: Sequence[Job], seconds: float) -> None:
+    def group(self, work: Work, part: Sequence[Job], seconds: float, repeated: bool) -> None:
         """Prepare, time and profile the peers that are on the card together."""
         began, count = self.clock.spent, len(part)
-        reserve = min(seconds / 2, 4.0 + work.weight * count * (2.0 if self.settings.cpu else 4.0))
+        reserve = 4.0 + work.weight * count * 4.0 + (8.0 if self.wants_floor(work) else 0.0)
         memory = self.machine.get("memory_gib") or math.inf
-        prepare(part, memory, self.settings, self.clock, seconds - reserve, self.say)
+        prepare(
+            part, memory, self.settings, self.clock, max(seconds / 2, seconds - reserve), self.say
+        )
         ready = [j for j in part if j.ready and j.peer in self.given.peers and not j.failed]
         if work.name == "C" or not ready:
             return
+        imported(self.importing, self.clock, 30.0, self.say)  # not while others are timed
         anchor = next((j for j in ready if base(j.peer) == "ours"), ready[0])
         before = len(anchor.turns)
         left = seconds - (self.clock.spent - began)
         given = self.given
-        rounds = take_turns(ready, given.rounds, given.steps, self.clock, 0.7 * left)
+        crowded = repeated or sum(j.peak for j in ready) > USABLE * memory
+        turn = {"steps": given.steps, "settle": given.settle, "release": crowded}
+        rounds = take_turns(ready, given.rounds, turn, self.clock, 0.6 * left)
         if rounds < given.rounds:
             self.notes.append(f"{work.name}: {rounds} of {given.rounds} rounds, the time was up")
         left = seconds - (self.clock.spent - began)
         if self.settings.cpu:
-            ask([j for j in ready if "step_peak_mib" not in j.row], "memory", self.clock, left,
-                self.say)  # fmt: skip
+            ask(ready, "memory", self.clock, left, self.say)
         elif not given.no_kernels:
             fresh = [j for j in ready if "profile" not in j.row]
             ask(fresh, "profile", self.clock, left, self.say)
@@ -161,6 +166,7 @@ class Run:
             "protocol": {
                 "rounds": given.rounds,
                 "steps_a_turn": given.steps,
+                "uncounted_steps_a_turn": given.settle,
                 "prepared_at_once": self.settings.at_once,
                 "first_step_s": "with other peers compiling at the same time"
                 if self.settings.at_once > 1 else "alone",
@@ -195,6 +201,7 @@ def arguments(typed: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=400.0, help="for everything")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a turn")
+    parser.add_argument("--settle", type=int, default=2, help="uncounted steps of a turn")
     parser.add_argument("--profile", action="store_true", help="write the kernels of two peers")
     parser.add_argument("--no-kernels", action="store_true", help="no profiled step at all")
     parser.add_argument("--no-floor", action="store_true")

@@ -16,7 +16,8 @@ from typing import Any
 from step_process import Clock, Settings, Worker
 from step_work import Work, base
 
-FUSED = ("liger", "layers+ligerflce", "cce", "unsloth", "ours")  # these hold no logits
+# These hold no logits. Ours neither, but its first step also holds the head against float64.
+FUSED = ("liger", "layers+ligerflce", "cce", "unsloth")
 USABLE = 0.92  # of the card's memory
 Say = Callable[[str], None]
 
@@ -27,7 +28,7 @@ class Job:
 
     Attributes:
         stages: commands that are left of its preparation, with their arguments.
-        after: a job that must have ended before this one starts.
+        after: jobs that must be ready before this one starts.
         row: what is known so far; has "error" once something went wrong.
     """
 
@@ -35,7 +36,7 @@ class Job:
     peak: float
     resting: float
     stages: list[tuple[str, dict[str, Any]]]
-    after: Job | None = None
+    after: list[Job] = field(default_factory=list)
     row: dict[str, Any] = field(default_factory=dict)
     turns: list[dict[str, Any]] = field(default_factory=list)
     active: bool = False
@@ -75,20 +76,21 @@ def jobs_for(work: Work, peers: Sequence[str], settings: Settings) -> list[Job]:
     jobs: list[Job] = []
     steps = {False: 3, True: 10}  # Unsloth's early steps can take seven times as long
     last = "gradients" if work.name == "C" else "warm"
-    first: Job | None = None
+    first: list[Job] = []
     if last == "gradients":
         worker = Worker(work.name, "fp32", settings)
-        first = Job(worker, 1.5 * work.peak[0], work.resting, [("build", {}), ("gradients", {})])
-        jobs.append(first)
+        peak = 1.5 * work.peak[0]
+        first = [Job(worker, peak, work.resting, [("build", {}), ("gradients", {})])]
+        jobs += first
     for peer in peers:
         unsloth = base(peer) == "unsloth"
-        after = first
-        if unsloth:
+        after = list(first)
+        if unsloth and work.family == "llama":
             saver = Job(
                 Worker(work.name, "save", settings), work.resting, work.resting, [("save", {})]
             )
             jobs.append(saver)
-            after = saver
+            after.append(saver)
         warm = {"steps": steps[unsloth]} if last == "warm" else {}
         peak = work.peak[base(peer) in FUSED]
         worker = Worker(work.name, peer, settings)
@@ -140,11 +142,10 @@ def prepare(
     waiting = [j for j in group if not (j.failed or j.ready)]
     while True:
         for job in [j for j in waiting if not j.active]:
-            if job.after is not None and not (job.after.ready or job.after.failed):
-                continue
-            if job.after is not None and job.after.failed:
-                job.fail(f"{job.after.peer}: {job.after.row['error'][:200]}")
-            elif _admits(job, group, memory, settings):
+            failed = [j for j in job.after if j.failed]
+            if failed:
+                job.fail(f"{failed[0].peer}: {failed[0].row['error'][:200]}")
+            elif all(j.ready for j in job.after) and _admits(job, group, memory, settings):
                 job.active = True
                 action, arguments = job.stages.pop(0)
                 job.worker.send(action, **arguments)
@@ -180,7 +181,9 @@ def _admits(job: Job, group: Sequence[Job], memory: float, settings: Settings) -
     return alone or (len(active) < settings.at_once and held + job.peak <= USABLE * memory)
 
 
-def take_turns(group: Sequence[Job], rounds: int, steps: int, clock: Clock, limit: float) -> int:
+def take_turns(
+    group: Sequence[Job], rounds: int, turn: dict[str, Any], clock: Clock, limit: float
+) -> int:
     """Rounds of turns, fewer if the time ends; returns how many."""
     end = clock.spent + limit
     longest = 0.0
@@ -192,7 +195,7 @@ def take_turns(group: Sequence[Job], rounds: int, steps: int, clock: Clock, limi
         for job in group if done % 2 == 0 else reversed(group):
             if job.failed:
                 continue
-            job.worker.send("turn", steps=steps)
+            job.worker.send("turn", **turn)
             answer = job.worker.wait(max(20.0, end - clock.spent))
             if answer is None:
                 job.fail("a turn did not end in time")

@@ -137,7 +137,7 @@ def _environment(peer: str, work: str, folder: Path, settings: Settings) -> dict
         "UNSLOTH_DISABLE_STATISTICS": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    threads = max(1, settings.cores // settings.at_once)
+    threads = settings.cores if settings.serial else max(1, settings.cores // 4)
     env.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
     if settings.tiny:
         env["STEP_BACKEND"] = "aot_eager"

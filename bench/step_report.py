@@ -17,7 +17,7 @@ from step_profile import CLASSES
 from step_work import base
 
 _COLUMNS = [
-    "work", "peer", "ms", "min", "max", "tok/s", "x eager", "x floor", "peak GiB", "first s",
+    "work", "peer", "ms", "min", "max", "tok/s", "x eager", "x floor", "peak GiB", "step MiB", "first s",
     "issue ms", "launches", "idle", "gemm", "attn", "point", "loss", "copy", "loss 1", "loss 13",
 ]  # fmt: skip
 _ERRORS = ["work", "peer", "loss", "mean", "max", "A", "B", "graphs", "breaks"]
@@ -36,9 +36,6 @@ def line(row: dict[str, Any], eager: dict[str, Any] | None, floor: float | None)
     profile = row.get("profile", {})
     share = profile.get("share", {})
     losses = row.get("losses", [])
-    peak = row.get("peak_gib")
-    if peak is None and "step_peak_mib" in row:
-        peak = row["step_peak_mib"] / 1024
     return {
         "work": row["work"],
         "peer": row["peer"],
@@ -48,7 +45,8 @@ def line(row: dict[str, Any], eager: dict[str, Any] | None, floor: float | None)
         "tok/s": _number(row["tokens_s"], 0),
         "x eager": _number(speed(row, eager), 2),
         "x floor": _number(row["ms"] / floor if floor else None, 2),
-        "peak GiB": _number(peak, 2),
+        "peak GiB": _number(row.get("peak_gib"), 2),
+        "step MiB": _number(row.get("step_peak_mib"), 0),
         "first s": _number(row.get("first_step_s"), 1),
         "issue ms": _number(row.get("issue_ms"), 0),
         "launches": profile.get("launches"),

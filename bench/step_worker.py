@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+log = logging.getLogger("bench_step")
+
 
 def _import(peer: str) -> None:
     """What the peer imports in a user's process as well; Unsloth asks to be the first."""
@@ -39,7 +41,9 @@ class Worker:
         self.cuda = torch.cuda.is_available() and not spec["cpu"]
         self.device = "cuda" if self.cuda else "cpu"
         self.work = workload(spec["work"], spec["tiny"])
-        self.saved = Path(spec["scratch"]) / f"saved-{self.work.name}"
+        shape = self.work.shape  # workloads of one shape share their saved weights
+        name = f"saved-{shape['hidden_size']}-{shape['num_hidden_layers']}"
+        self.saved = Path(spec["scratch"]) / name
         self.prepared = 0.0
         self.trainee: Any = None
 
@@ -87,17 +91,19 @@ class Worker:
         out = {"first_step_s": seconds[0], "warm_s": seconds} | self._dynamo()
         if self.cuda:
             out["warm_peak_gib"] = self.torch.cuda.max_memory_allocated() / 2**30
+            self.torch.cuda.empty_cache()
         return out | self._coverage() | self._losses()
 
-    def turn(self, steps: int) -> dict[str, Any]:
-        """One step that is not counted, then ``steps`` timed ones, then the cache is let go.
+    def turn(self, steps: int, settle: int, release: bool) -> dict[str, Any]:
+        """``settle`` steps that are not counted, ``steps`` that are; ``release`` frees the cache.
 
         ``ms`` is the device's time by events, or the wall's on a CPU; ``issue_ms`` is what the host
         took to issue the step, waiting for room in the launch queue included.
         """
         cuda = self.torch.cuda
-        self.trainee.step()
-        self._wait()
+        for _ in range(settle):
+            self.trainee.step()
+            self._wait()
         if self.cuda:
             cuda.reset_peak_memory_stats()
         milliseconds, issued = [], []
@@ -118,6 +124,7 @@ class Worker:
         out = {"ms": milliseconds, "issue_ms": issued} | self._losses()
         if self.cuda:
             out["peak_gib"] = cuda.max_memory_allocated() / 2**30
+        if release:
             cuda.empty_cache()
         return out
 
@@ -165,7 +172,8 @@ class Worker:
         from step_models import save
 
         started = time.perf_counter()
-        save(self.work, self.device, self.saved)
+        if not (self.saved / "config.json").exists():
+            save(self.work, self.device, self.saved)
         return {"save_s": round(time.perf_counter() - started, 1)}
 
     def floor(self) -> dict[str, Any]:
@@ -221,7 +229,7 @@ def main() -> None:
                 reply = getattr(worker, action)(**command)
         except Exception as error:
             # Whatever a peer does wrong is its line in the table, not the end of the benchmark.
-            logging.exception("%s %s: %s", spec["work"], spec["peer"], action)
+            log.exception("%s %s: %s", spec["work"], spec["peer"], action)
             text = f"{type(error).__name__}: {str(error)[:400]}"
             reply = {"error": text, "traceback": traceback.format_exc()[-3000:]}
         answers.write(json.dumps(reply) + "\n")
