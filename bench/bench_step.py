@@ -28,6 +28,7 @@ from step_work import WORK, Work, base, workload
 
 PEERS = ("eager", "layers", "layers+ligerflce", "liger", "ours")
 IMPORT_LIMIT = 90.0
+MANY_CORES = 8  # with fewer, the next workload's imports would slow this one's compilation
 
 
 class Run:
@@ -67,7 +68,8 @@ class Run:
         for at, name in enumerate(names):
             weights = [WORK[n].weight for n in names[at:]]
             share = (self.clock.left - 8) * weights[0] / sum(weights)
-            following = names[at + 1] if at + 1 < len(names) else None
+            ahead = at + 1 < len(names) and self.settings.cores >= MANY_CORES
+            following = names[at + 1] if ahead else None
             if share < 15:
                 self.notes.append(f"{name}: skipped, no time left")
                 continue
