@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shutil
 import sys
 import tempfile
@@ -163,7 +164,7 @@ class Run:
         """Everything, for the file."""
         given = self.given
         return {
-            "command": "python bench/bench_step.py " + " ".join(given.typed),
+            "command": "python bench/bench_step.py " + " ".join(map(portable, given.typed)),
             "machine": self.machine,
             "protocol": {
                 "rounds": given.rounds,
@@ -192,7 +193,12 @@ class Run:
         """The file, after every workload: what is measured is not lost."""
         out = self.out()
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(self.result(), indent=1, default=str) + "\n")
+        out.write_text(portable(json.dumps(self.result(), indent=1, default=str)) + "\n")
+
+
+def portable(text: str) -> str:
+    """The text with the last two parts of every absolute path: machines' folders say nothing."""
+    return re.sub(r"(?<![\w.])/(?:[\w.\-]+/)+([\w.\-]+/[\w.\-]+)", r"\1", text)
 
 
 def arguments(typed: Sequence[str]) -> argparse.Namespace:

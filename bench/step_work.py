@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 _LLAMA_1B = {
+    "rms_norm_eps": 1e-5,
     "hidden_size": 2048,
     "num_hidden_layers": 16,
     "num_attention_heads": 32,
@@ -27,6 +28,7 @@ _LLAMA_1B = {
     "tie_word_embeddings": True,
 }
 _LLAMA_8B = {
+    "rms_norm_eps": 1e-5,
     "hidden_size": 4096,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
@@ -46,6 +48,7 @@ _OLMO_1B = {
     "tie_word_embeddings": True,
 }
 _LLAMA_60M = {
+    "rms_norm_eps": 1e-5,
     "hidden_size": 512,
     "num_hidden_layers": 12,
     "num_attention_heads": 8,

@@ -69,6 +69,12 @@ def test_a_peer_and_its_options() -> None:
     assert work.options("ours:lowering=fx:verify=off") == {"lowering": "fx", "verify": "off"}
 
 
+def test_no_folder_of_a_machine_is_written() -> None:
+    portable = _module("bench_step").portable
+    assert portable("at /opt/x/lib/site-packages/peft/layer.py:7") == "at peft/layer.py:7"
+    assert portable("4.2 TB/s, and/or, a/b/c.py") == "4.2 TB/s, and/or, a/b/c.py"
+
+
 def test_an_unknown_workload_is_refused() -> None:
     with pytest.raises(ValueError, match="W9.*W1"):
         _module("step_work").workload("W9")
