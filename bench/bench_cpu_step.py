@@ -18,8 +18,9 @@ PEERS = "eager,layers,ours,ours:lowering=fx"
 
 def main(typed: list[str]) -> None:
     """bench_step.py with a CPU's workloads; what is typed comes later and so wins."""
+    works = [] if {"L", "F"} & set(typed) else ["L", "F"]
     bench_step.main(
-        ["L", "F", "--cpu", "--serial", "--peers", PEERS, "--seconds", "900",
+        [*works, "--cpu", "--serial", "--peers", PEERS, "--seconds", "900",
          "--steps", "2", "--settle", "1", *typed]
     )  # fmt: skip
 
