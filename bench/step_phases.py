@@ -19,6 +19,7 @@ from step_work import Work, base
 # These hold no logits. Ours neither, but its first step also holds the head against float64.
 FUSED = ("liger", "layers+ligerflce", "cce", "unsloth")
 USABLE = 0.92  # of the card's memory
+PATIENCE = 60.0  # seconds that a turn may take whatever is left: a busy CPU is slow, not stuck
 Say = Callable[[str], None]
 
 
@@ -196,7 +197,7 @@ def take_turns(
             if job.failed:
                 continue
             job.worker.send("turn", **turn)
-            answer = job.worker.wait(max(20.0, end - clock.spent))
+            answer = job.worker.wait(max(PATIENCE, end - clock.spent))
             if answer is None:
                 job.fail("a turn did not end in time")
             elif "error" in answer:

@@ -112,8 +112,8 @@ _ALL = (
     Work(
         "C", "llama", _LLAMA_1B | {"num_hidden_layers": 2}, "lora", (2, 1024), False, 2, (8, 6), 0.7
     ),
-    Work("L", "llama", _LLAMA_60M, "lora", (2, 128), False, 1, (2, 2), 1.0, "float32"),
-    Work("F", "llama", _LLAMA_60M, "full", (2, 128), False, 2, (3, 3), 1.0, "float32"),
+    Work("L", "llama", _LLAMA_60M, "lora", (2, 64), False, 1, (2, 2), 1.0, "float32"),
+    Work("F", "llama", _LLAMA_60M, "full", (2, 64), False, 2, (3, 3), 1.0, "float32"),
 )
 WORK = {work.name: work for work in _ALL}
 
