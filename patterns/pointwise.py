@@ -260,6 +260,7 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.relu6.default: lambda a: _hard_tanh(a, 0, 6),
     aten.celu.default: lambda a, alpha=1: _elu(a, alpha, 1, 1 / sp.sympify(alpha)),
     aten.clamp.default: _clamp,
+    aten.clip.default: _clamp,
     aten.clamp_min.default: lambda a, low: f.least(a, low),
     aten.clamp_max.default: lambda a, high: f.most(a, high),
     aten.where.self: _where,
