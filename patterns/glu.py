@@ -29,13 +29,25 @@ from fusewright.compiler.prove import Candidate, Rounder
 from fusewright.compiler.rewrite import call
 from fusewright.patterns.halves import Packed, packed
 from fusewright.patterns.pointwise import Reader, Reading
-from fusewright.patterns.symbolic import X, least, most, number, sigmoid
+from fusewright.patterns.symbolic import (
+    X,
+    erf,
+    exp,
+    expm1,
+    least,
+    most,
+    number,
+    sigmoid,
+    softplus,
+    tanh,
+)
 from fusewright.patterns.written import applied, applied_to_up, pair_of
 
 aten = torch.ops.aten
 
 # Which casts are followed, and whether a product of several factors is taken apart.
 _WAYS = (("widening", True), ("widening", False), ("none", True), ("none", False), ("all", True))
+_CURVES = (sigmoid, tanh, erf, softplus, expm1, exp)
 
 
 @dataclass(frozen=True)
@@ -124,12 +136,16 @@ def _readings(product: fx.Node, leaves: frozenset[fx.Node]) -> Iterator[Unit]:
             sides[reading.root] = reading if known is None else known.times(reading)
         if len(sides) != 2:
             continue
-        gate, up = sides.values()
-        if gate.is_linear:
-            gate, up = up, gate
+        # The gate is what is bent most, and of two alike the first.
+        gate, up = sorted(sides.values(), key=lambda r: -_bend(r))
         shapes = {ir.shape(r.root) for r in (gate, up)}
         if not gate.is_linear and shapes == {ir.shape(product)}:
             yield Unit(gate.scaled(constant), up, gate.nodes | up.nodes | inner)
+
+
+def _bend(reading: Reading) -> int:
+    """0 for a linear side, 1 for one made of straight pieces, 2 for a curved one."""
+    return 2 if reading.expression.has(*_CURVES) else 0 if reading.is_linear else 1
 
 
 def _factors(

@@ -19,6 +19,7 @@ from typing import Any
 import sympy as sp
 
 X = sp.Symbol("x", real=True)
+exp = sp.exp
 
 
 class Unreadable(Exception):
