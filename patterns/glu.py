@@ -47,6 +47,7 @@ aten = torch.ops.aten
 
 # Which casts are followed, and whether a product of several factors is taken apart.
 _WAYS = (("widening", True), ("widening", False), ("none", True), ("none", False), ("all", True))
+_IN_PLACE = (aten.silu_.default, aten.relu_.default, aten.sigmoid_.default, aten.tanh_.default)
 _CURVES = (sigmoid, tanh, erf, softplus, expm1, exp)
 
 
@@ -67,7 +68,7 @@ class GLU:
     def anchors(self, graph: fx.Graph) -> Iterator[fx.Node]:
         """Products with a nonlinear side, the outermost first, and the library's own units."""
         for node in reversed(list(ir.calls(graph))):
-            if _library(node) or next(_units(node), None) is not None:
+            if _library(node) or next(_units(node), None) is not None or _obstacle(node):
                 yield node
 
     def candidates(self, anchor: fx.Node) -> Iterator[Candidate]:
@@ -79,10 +80,13 @@ class GLU:
         if _library(anchor):
             yield from (_from_library(anchor, out) for out in outs)
             return
-        refusal = None
+        what = _obstacle(anchor)
+        refusal = Refused(what) if what else None
         for unit in _units(anchor):
             if ir.dtype(unit.gate.root) != ir.dtype(unit.up.root):
-                refusal = Refused(f"gate is {ir.dtype(unit.gate.root)}, up {ir.dtype(unit.up.root)}")
+                refusal = Refused(
+                    f"gate is {ir.dtype(unit.gate.root)}, up {ir.dtype(unit.up.root)}"
+                )
                 continue
             try:
                 form = _form(unit)
@@ -100,6 +104,26 @@ def _library(node: fx.Node) -> bool:
         return False
     source: fx.Node = ir.argument(node, 0)
     return ir.is_floating(node) and ir.last_dim_only(source, ir.argument(node, 1, -1))
+
+
+def _obstacle(product: fx.Node) -> str | None:
+    """What stands between an activation and its product, where there would be a unit without it."""
+    if not ir.is_call(product, aten.mul.Tensor) or not ir.is_floating(product):
+        return None
+    for side in ir.operands(product):
+        below = ir.argument(side, 0) if ir.is_call(side) else None
+        if not ir.is_floating(below) or ir.shape(side) != ir.shape(product):
+            continue
+        schema = getattr(side.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            what = "is changed in place"
+        elif side.target in (aten.dropout.default, aten.detach.default):
+            what = "passes a " + side.target.name().partition("::")[2]
+        else:
+            continue
+        if side.target in _IN_PLACE or not Reader().read(below).is_linear:
+            return f"the activation {what} before the product"
+    return None
 
 
 def _units(node: fx.Node) -> Iterator[Unit]:

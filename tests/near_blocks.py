@@ -271,7 +271,7 @@ NEAR_BLOCKS = [
     ("mlp", unit_whose_activation_is_kept, LEFT),
     ("mlp", unit_with_a_constant_gate, LEFT),
     ("mlp", unit_changed_in_place, LEFT),
-    ("mlp", unit_with_up_changed_in_between, ITSELF),
+    ("mlp", unit_with_up_changed_in_between, LEFT),
     ("mlp", unit_rounded_inside, LEFT),
     ("mlp", unit_by_the_length, ITSELF),
     ("mlp", unit_of_one_token_before, LEFT),

@@ -33,7 +33,8 @@ FAMILIES = (
 )
 LEAST = 60
 # Look-alikes that are left alone without a row in the report: no family has anything to look at.
-MOST_WITHOUT_A_ROW = 34
+MOST_WITHOUT_A_ROW = 26
+FIXED = ("class_axis_transposed",)  # its code has the number of rows as a literal
 
 
 def _block_inputs(batch: int = 2) -> list[Any]:
@@ -49,8 +50,9 @@ def _count(compiled: Compiled, part: str) -> int:
 
 
 def test_the_intact_block_is_rewritten() -> None:
-    compiled = compile_one(Block())
-    _assert_equal(compiled.run, Block(), _block_inputs())
+    block = Block()
+    compiled = compile_one(block)
+    _assert_equal(compiled.run, block, _block_inputs())
     assert all(_count(compiled, part) for part in OPS)
 
 
@@ -106,16 +108,15 @@ def test_a_look_alike_at_another_number_of_rows(case: tuple[Any, Any, str]) -> N
     head = module is test_patterns_cross_entropy
     compiled = compile_one(look_alike, "head" if head else "block")
     inputs = _inputs(module, look_alike.__name__)
-    for given in (inputs, _another_batch(inputs)):
+    more = [] if look_alike.__name__ in FIXED else [_another_batch(inputs)]
+    for given in (inputs, *more):
         _assert_equal(compiled.run, look_alike, given)
     assert bool(compiled.ops) is (outcome == ITSELF), (compiled.ops, compiled.misses)
 
 
 def test_there_are_many_and_each_has_its_reason() -> None:
     outcomes = Counter(o for _, _, o in [*NEAR_BLOCKS, *CASES])
-    silent = [
-        row[0].__name__ for module in FAMILIES for row in module.LEFT_ALONE if row[2] is None
-    ]
+    silent = [row[0].__name__ for module in FAMILIES for row in module.LEFT_ALONE if row[2] is None]
     total = len({f.__name__ for _, f, _ in NEAR_BLOCKS}) + len(CASES)
     print(f"\n{total} look-alikes: {dict(outcomes)}, {len(silent)} without a row: {silent}")
     assert total >= LEAST and len(NEAR_BLOCKS) >= LEAST // 2
@@ -124,6 +125,7 @@ def test_there_are_many_and_each_has_its_reason() -> None:
 
 def test_the_suite_can_fail() -> None:
     """A look-alike taken for the real thing is seen: eager's results are compared, not the ops."""
+
     def computes(x, w):
         return w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
 
