@@ -111,7 +111,7 @@ def _obstacle(product: fx.Node) -> str | None:
     if not ir.is_call(product, aten.mul.Tensor) or not ir.is_floating(product):
         return None
     for side in ir.operands(product):
-        below = ir.argument(side, 0) if ir.is_call(side) else None
+        below: Any = ir.argument(side, 0) if ir.is_call(side) else None
         if not ir.is_floating(below) or ir.shape(side) != ir.shape(product):
             continue
         schema = getattr(side.target, "_schema", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -52,12 +53,14 @@ def _half(node: fx.Node) -> tuple[fx.Node, bool, int, frozenset[fx.Node]] | None
     piece = ir.as_slice(node)
     if piece is not None:
         return _sliced(node, *piece)
-    whole, dim, index = node, None, None
+    whole: Any = node
+    dim: Any = None
+    index: Any = None
     if ir.is_call(node, aten.select.int):
-        whole, dim, index = node.args  # type: ignore[assignment]
+        whole, dim, index = node.args
     elif ir.is_call(node, operator.getitem) and ir.is_call(node.args[0], aten.unbind.int):
-        whole = node.args[0].args[0]  # type: ignore[union-attr, assignment]
-        dim, index = ir.argument(node.args[0], 1, 0), node.args[1]
+        unbound: Any = node.args[0]
+        whole, dim, index = unbound.args[0], ir.argument(unbound, 1, 0), node.args[1]
     if dim is None or not isinstance(index, int) or not ir.is_call(whole, *ir.VIEWS):
         return None
     return _selected(node, whole, ir.normal_dim(whole, dim), index)

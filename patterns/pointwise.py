@@ -24,6 +24,7 @@ from fusewright.patterns.symbolic import X, number
 aten = torch.ops.aten
 
 _LONGEST = 40
+_LEAK = number(0.01)
 _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
 
@@ -105,7 +106,7 @@ class Reader:
                 return None
             inner = self.read(ir.argument(node, 0))
             return Reading(inner.expression, inner.root, inner.nodes | {node}, (node,))
-        rule = RULES.get(node.target)  # type: ignore[arg-type]
+        rule = RULES.get(node.target)
         if rule is None or not set(node.kwargs) <= {"approximate", "alpha"}:
             return None
         given = _Given(self, node)
@@ -250,7 +251,7 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.mish.default: lambda a: a * f.tanh(f.softplus(a)),
     aten.gelu.default: _gelu,
     aten.relu.default: f.relu,
-    aten.leaky_relu.default: lambda a, slope=sp.Float(0.01, 17): f.where(a, a, slope * a),
+    aten.leaky_relu.default: lambda a, slope=_LEAK: f.where(a, a, slope * a),
     aten.elu.default: _elu,
     aten.selu.default: lambda a: _elu(a, number(_SELU_ALPHA), number(_SELU_SCALE)),
     aten.softplus.default: _softplus,

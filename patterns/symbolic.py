@@ -233,7 +233,8 @@ def _product_text(e: Any) -> str:
     coefficient, rest = e.as_coeff_Mul()
     if not rest.is_Mul and coefficient in (1, -1):
         return _text(rest) if coefficient == 1 else "-" + _text(rest)
-    above, below = [], []
+    above: list[Any] = []
+    below: list[Any] = []
     for factor in _ordered(sp.Mul.make_args(rest)):
         inverse = factor.is_Pow and factor.exp.is_number and factor.exp.is_negative
         (below if inverse else above).append(1 / factor if inverse else factor)

@@ -54,7 +54,7 @@ def applied(activation: str, x: torch.Tensor) -> torch.Tensor:
 def applied_to_up(activation: str, x: torch.Tensor) -> torch.Tensor:
     """h(x) likewise; x where the activation has no h."""
     up = lookup(activation).up if expressions.is_expression(activation) else None
-    return x if up is None else _Slope.apply(x, up)  # type: ignore[no-untyped-call, no-any-return]
+    return x if up is None else _Slope.apply(x, up)  # type: ignore[no-untyped-call]
 
 
 def activation_of(reading: Reading) -> str:
@@ -142,7 +142,7 @@ def _as_exact(
     if not float((wide - exact).norm()) <= _AGREE * max(size, _NOTHING):
         raise Refused(f"{what} as derived is not that of the code")
     error, theirs = float((ours - exact).norm()), float((code - exact).norm())
-    if not error <= max(_FACTOR * theirs, 2.0**-23 * size):
+    if not error <= max(_FACTOR * theirs, 2.0**-23 * size, _NOTHING):
         raise Refused(
             f"{what} is ill-conditioned: its error in float32 {error:.1e}, the code's {theirs:.1e}"
         )
@@ -164,7 +164,7 @@ def _run(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     if node not in env:
         args = fx.map_arg(node.args, lambda n: _run(n, env))
         if ir.is_cast(node):
-            env[node] = args[0]  # type: ignore[index]
+            env[node] = args[0]
         else:
             env[node] = node.target(*args, **node.kwargs)  # type: ignore[operator]
     return env[node]

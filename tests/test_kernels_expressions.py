@@ -17,10 +17,11 @@ from fusewright.patterns.symbolic import X, number, with_slope
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # expression in X, and what eager runs
 WRITTEN = {
-    "mish": (X * f.tanh(f.softplus(X)), F.mish),
-    "silu": (X / (1 + sp.exp(-X)), F.silu),
+    "mish": (X * f.tanh(f.softplus(X)), lambda x: x * torch.tanh(F.softplus(x))),
+    "silu": (X / (1 + sp.exp(-X)), lambda x: x * torch.sigmoid(x)),
     "elu": (f.where(X, X, number(0.7) * f.expm1(X)), lambda x: F.elu(x, 0.7)),
-    "gelu": (X * (1 + f.erf(X * number(0.5**0.5))) / 2, F.gelu),
+    "gelu": (X * (1 + f.erf(X * number(0.5**0.5))) / 2,
+             lambda x: 0.5 * x * (1 + torch.erf(x * 0.5**0.5))),
     "softsign": (X / (1 + f.magnitude(X)), lambda x: x / (1 + x.abs())),
     "clamped": (f.most(f.least(X, number(-1.5)), number(0.5)) ** 3,
                 lambda x: x.clamp(-1.5, 0.5) ** 3),
@@ -60,12 +61,21 @@ def test_error_is_not_above_eagers(backend: Backend, name: str, dtype: torch.dty
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_unit_with_a_function_of_up(backend: Backend, dtype: torch.dtype) -> None:
     both = f"{text('mish')}; {text('clamped')}"
-    eager = lambda g, u: F.mish(g) * u.clamp(-1.5, 0.5) ** 3
+    slack = 1.5  # tanh' as a product of sigmoids rounds twice more than 1 - t^2, and never cancels
+    eager = lambda g, u: g * torch.tanh(F.softplus(g)) * u.clamp(-1.5, 0.5) ** 3
     compare(
-        backend, lambda g, u: backend.ops.glu(g, u, both, dtype), eager, ((9, 65),) * 2, 1.0, dtype
+        backend,
+        lambda g, u: backend.ops.glu(g, u, both, dtype),
+        eager,
+        ((9, 65),) * 2,
+        1.0,
+        dtype,
+        slack,
     )
     packed = lambda x: backend.ops.glu_packed(x, both, True, True, dtype)
-    compare(backend, packed, lambda x: eager(x[..., ::2], x[..., 1::2]), ((9, 66),), 1.0, dtype)
+    compare(
+        backend, packed, lambda x: eager(x[..., ::2], x[..., 1::2]), ((9, 66),), 1.0, dtype, slack
+    )
 
 
 def test_a_wrong_slope_is_seen() -> None:

@@ -83,7 +83,7 @@ def leaky_twice(x):
 
 
 def by_where(x):
-    return torch.where(x > 0.25, x * x, torch.sin(torch.tensor(0.0)).item() + 0.25 * x)
+    return torch.where(x > 0.25, x * x, 0.25 * x)
 
 
 def elu_and_square(x):
@@ -176,7 +176,7 @@ def detached_inside(x):
 
 def changed_in_place(x):
     y = F.relu(x) * 2
-    return y.mul_(y)
+    return y.mul_(1.5)
 
 
 def two_tensors(x):
@@ -193,11 +193,6 @@ def test_a_look_alike_is_left_alone(act: Any) -> None:
 
 def test_a_product_of_two_is_a_gated_unit() -> None:
     check(_mlp(two_tensors), _inputs(), {"glu": 1})
-
-
-def overflows_alone(x):
-    """e^x sqrt(e^-2x) is 1; sympy says so, and the code is infinite times zero from 89 on."""
-    return torch.exp(x) * torch.exp(-2 * x).sqrt() * F.relu(x)
 
 
 def test_rounding_in_between_is_refused() -> None:

@@ -394,7 +394,7 @@ def gate_wider_than_up(g, u):
 
 LEFT_ALONE = [
     (gate_with_itself, "glu", None),
-    (detached_activation, "glu", "grow: nothing"),
+    (detached_activation, "glu", "grow: the activation passes a detach before the product"),
     (dropout_inside, "glu", "grow: the activation passes a dropout before the product"),
     (activation_used_outside, "glu", "is also used at"),
     (sum_instead_of_product, "glu", None),
