@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import test_patterns_cross_entropy
-import test_patterns_glu
+import test_patterns_glu_near
 import test_patterns_layer_norm
 import test_patterns_lora
 import test_patterns_rms_norm_near
@@ -25,7 +25,7 @@ from torch import nn
 
 FAMILIES = (
     test_patterns_cross_entropy,
-    test_patterns_glu,
+    test_patterns_glu_near,
     test_patterns_layer_norm,
     test_patterns_lora,
     test_patterns_rms_norm_near,
