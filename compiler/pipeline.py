@@ -177,8 +177,10 @@ def match_and_rewrite(
                 continue
             if deferrable & found.candidate.nodes:
                 deferred = lazy.defer(graph, found.candidate, deferrable)
+            before = {n.name for n in graph.nodes}
             rewrite.apply(found, graph)
             record.matches.append(found)
+            record.made.append(frozenset(n.name for n in graph.nodes) - before)
     graph.eliminate_dead_code()
     graph.lint()
     gm.recompile()
