@@ -109,7 +109,8 @@ def _spine_forward(cls: type[nn.Module], backend: Backend, session: Session) -> 
                 with session.bypassed():
                     return inner(self, *args, **kwargs)
             kwargs["use_cache"] = False
-        out = inner(self, *args, **kwargs)
+        with session.around_spine():
+            out = inner(self, *args, **kwargs)
         if self.training and not isinstance(out, torch.Tensor):
             mark_rows(out.values() if isinstance(out, dict) else out)
         return out

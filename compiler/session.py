@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -138,6 +138,10 @@ class Session:
                     # Nothing to gain here: the original forward saves Dynamo's guards.
                     uninstall(module)
             self._running = outer
+
+    def around_spine(self) -> AbstractContextManager[Any]:
+        """The context in which the modules above the blocks run."""
+        return nullcontext()
 
     def hooked_since(self, module: nn.Module) -> bool:
         """Whether hooks inside ``module`` changed since its first call; compiled code misses them."""
