@@ -56,7 +56,7 @@ def report(session: Session, model: nn.Module | None = None) -> CoverageReport:
     sites = sum(r.count for r in out.rows)
     out.coverage = sum(counts.values()) / sites if sites else 0.0
     _cover(out, live)
-    out._records = live
+    out._session = session
     if not session.records:
         out.notes.append("nothing has been captured yet: regions are compiled at the first step")
     return out

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fusewright.compiler.difference import Difference
-    from fusewright.compiler.records import GraphRecord
+    from fusewright.compiler.session import Session
 
 
 class CoverageError(AssertionError):
@@ -95,7 +95,7 @@ class CoverageReport:
     parameters: dict[str, int] = field(default_factory=dict)
     layers: dict[str, float] = field(default_factory=dict)
     target: dict[str, Any] = field(default_factory=dict)
-    _records: list[GraphRecord] = field(default_factory=list, repr=False, compare=False)
+    _session: Session | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The attributes by name, as JSON can hold them."""
@@ -150,9 +150,9 @@ class CoverageReport:
         """
         from fusewright.compiler.repro import emit
 
-        if not self._records and self.regions:
+        if self._session is None:
             raise ValueError("a report read from JSON has no graphs to write test cases from")
-        return emit(self._records, Path(folder))
+        return emit(self._session, Path(folder))
 
     def require(self, coverage: float | None = None, **minimums: int) -> CoverageReport:
         """Raise CoverageError unless each pattern has at least so many instances; else return self.

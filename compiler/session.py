@@ -139,6 +139,10 @@ class Session:
                     uninstall(module)
             self._running = outer
 
+    def entering(self, path: str) -> None:
+        """What runs next is the region at ``path``."""
+        self._running = path
+
     def around_spine(self) -> AbstractContextManager[Any]:
         """The context in which the modules above the blocks run."""
         return nullcontext()

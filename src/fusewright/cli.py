@@ -80,9 +80,9 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else")] = False,
 ) -> None:
     """What this machine has, and what would work on it."""
-    from fusewright.doctor import examine
+    from fusewright.doctor import findings
 
-    found = examine()
+    found = findings()
     if as_json:
         print(json.dumps(found, indent=1))
         return

@@ -28,7 +28,7 @@ _PACKAGES: dict[str, tuple[int, ...] | None] = {
 _OLDEST_CAPABILITY = (7, 5)
 
 
-def examine() -> dict[str, Any]:
+def findings() -> dict[str, Any]:
     """The findings: "python", "packages", "devices", "compilers", and "works": what -> why or ""."""
     packages = {name: _version(name) for name in _PACKAGES}
     devices = _devices()
