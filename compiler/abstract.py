@@ -9,6 +9,7 @@ one that meets a meta tensor gives a meta tensor.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -25,12 +26,17 @@ from fusewright.compiler.match import Pattern
 from fusewright.compiler.session import Session
 from fusewright.runtime.op import register_all
 
+log = logging.getLogger("fusewright")
+
 _META, _CPU = torch.device("meta"), torch.device("cpu")
 _LARGEST = 2**24  # elements of a real tensor; a larger one carries shapes only
 
 
 class Mixed(TorchDispatchMode):
     """Real tensors where there are only real ones, meta tensors otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -94,12 +100,12 @@ class _Entered:
 
     def __enter__(self) -> None:
         self.session._mixed = Mixed()
-        self.session._mixed.__enter__()
+        self.session._mixed.__enter__()  # type: ignore[no-untyped-call]
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, *exc: object) -> None:
         mixed, self.session._mixed = self.session._mixed, None
         if mixed is not None:
-            mixed.__exit__(*exc)
+            mixed.__exit__(*exc)  # type: ignore[no-untyped-call]
 
 
 def _brief(error: BaseException) -> str:
@@ -136,6 +142,7 @@ def observe(
         model(**inputs)
     except Exception as error:
         # Any failure of the user's own code; what was captured until then is still an answer.
+        log.debug("the pass ended early", exc_info=True)
         session.note(f"the pass ended early, later regions were not seen: {_brief(error)}")
     finally:
         capture.remove(model)

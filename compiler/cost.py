@@ -49,7 +49,9 @@ _GATHERS = frozenset(
     }
 )
 _FREE = frozenset({aten._unsafe_view.default, aten.lift_fresh.default})
-_WRITES_ONLY = frozenset({aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor, aten.copy_.default})
+_WRITES_ONLY = frozenset(
+    {aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor, aten.copy_.default}
+)
 _META = torch.device("meta")
 
 
@@ -62,9 +64,7 @@ class Cost:
     saved: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.flops + other.flops, self.bytes + other.bytes, self.saved + other.saved
-        )
+        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.saved + other.saved)
 
     def times(self, n: int) -> Cost:
         """The cost of n instances."""
@@ -114,7 +114,9 @@ def _run(gm: fx.GraphModule, meter: _Meter, kept: Iterable[int] | None) -> None:
     for node in gm.graph.find_nodes(op="placeholder"):
         made = _input(node)
         inputs.append(made)
-        if isinstance(made, torch.Tensor) and (node.meta.get("parameter") or not made.requires_grad):
+        if isinstance(made, torch.Tensor) and (
+            node.meta.get("parameter") or not made.requires_grad
+        ):
             meter.uncounted.add(_storage(made))
     hooks = torch.autograd.graph.saved_tensors_hooks(meter.save, lambda t: t)
     with torch.enable_grad(), torch.random.fork_rng(devices=()):
@@ -167,7 +169,7 @@ class _Meter(TorchDispatchMode):
     """Charges every kernel that is dispatched to a node of the graph."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.costs: defaultdict[str, Cost] = defaultdict(Cost)
         self.current, self.backward = "", False
         self.spans = _Span()
@@ -258,7 +260,8 @@ class _Metered(fx.Interpreter):
         args, kwargs = tree_map_only(torch.device, lambda _: _META, (args, kwargs))
         if target is aten.scaled_dot_product_attention.default and args[0].dim() == 4:
             mask = args[3] if len(args) > 3 else None
-            return _FusedAttention.apply(*args[:3], mask, self.meter)
+            attend: Any = _FusedAttention.apply
+            return attend(*args[:3], mask, self.meter)
         return super().call_function(target, args, kwargs)
 
 

@@ -111,6 +111,7 @@ def _fired(match: Match, record: GraphRecord, instances: int, share: Share) -> R
 
 
 def _missed(miss: Miss, instances: int, share: Share) -> Row:
+    costs: dict[str, Any] = dict(share.as_dict())
     return Row(
         pattern=miss.pattern,
         kernel="",
@@ -122,7 +123,7 @@ def _missed(miss: Miss, instances: int, share: Share) -> Row:
         status="missed",
         reason=f"{miss.step}: {miss.reason}",
         share=share.weight,
-        **share.as_dict(),
+        **costs,
     )
 
 

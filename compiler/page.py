@@ -47,16 +47,18 @@ def render(report: CoverageReport) -> str:
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {"size": size, "number": number, "tail": tail, "share": _percent}
     colours = _colours(report)
-    return page.from_string(text).render(
-        report=report,
-        title=report.target.get("target") or report.target.get("model") or "coverage",
-        colours=colours,
-        bars=_bars(report, colours),
-        tiles=_tiles(report),
-        layers=_layers(report),
-        fired=[r for r in report.rows if r.status == "fired"],
-        missed=sorted((r for r in report.rows if r.status != "fired"), key=lambda r: -r.share),
-        graphs=[] if report._session is None else _graphs(report._session.records),
+    return str(
+        page.from_string(text).render(
+            report=report,
+            title=report.target.get("target") or report.target.get("model") or "coverage",
+            colours=colours,
+            bars=_bars(report, colours),
+            tiles=_tiles(report),
+            layers=_layers(report),
+            fired=[r for r in report.rows if r.status == "fired"],
+            missed=sorted((r for r in report.rows if r.status != "fired"), key=lambda r: -r.share),
+            graphs=[] if report._session is None else _graphs(report._session.records),
+        )
     )
 
 

@@ -95,7 +95,7 @@ def _source(miss: Miss, record: GraphRecord, session: Session) -> str:
     code = re.sub(r";  (\w+ = )+None", "", code.replace("def forward(self, ", "def region("))
     place = miss.location.rpartition("site-packages/")[2]
     line = f"  # {place}: the anchor"
-    code = re.sub(rf"^(    {re.escape(miss.anchor)} = .*)$", rf"\1{line}", code, flags=re.M)
+    code = re.sub(rf"^(    {re.escape(miss.anchor)} = .*)$", rf"\1{line}", code, flags=re.MULTILINE)
     sizes: dict[Any, int] = {}
     drawn = [_draw(n, sizes) for n in part.graph.find_nodes(op="placeholder")]
     where = f"{place or 'unknown source'}, {miss.module or record.region}"
@@ -134,7 +134,9 @@ def _growing(miss: Miss, graph: fx.Graph) -> Iterator[set[str]]:
         for depth, down in [(d, down) for d in _DEPTHS for down in (False, True)]:
             found, frontier = set(start), set(start)
             for _ in range(depth):
-                near = {m for n in frontier for m in (*n.all_input_nodes, *(n.users if down else ()))}
+                near = {
+                    m for n in frontier for m in (*n.all_input_nodes, *(n.users if down else ()))
+                }
                 frontier = {n for n in near - found if _plain(n) and (heavy or not _is_heavy(n))}
                 found |= frontier
             yield {n.name for n in found}

@@ -89,9 +89,7 @@ def _families_table(report: CoverageReport) -> Table:
         moved = (size(f["bytes"]), size(f["bytes_after"]))
         kept = (size(f["saved_bytes"]), size(f["saved_bytes_after"]))
         sites = str(f["sites"] or "")
-        table.add_row(
-            f["family"], sites, f"{f['share']:.1%}", number(f["flops"]), *moved, *kept
-        )
+        table.add_row(f["family"], sites, f"{f['share']:.1%}", number(f["flops"]), *moved, *kept)
     return table
 
 

@@ -12,7 +12,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise
-        print(f"fusewright: {error.name} is not installed: pip install {error.name}", file=sys.stderr)
+        print(
+            f"fusewright: {error.name} is not installed: pip install {error.name}", file=sys.stderr
+        )
         raise SystemExit(2) from None
     app(prog_name="fusewright")
 

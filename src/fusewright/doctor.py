@@ -51,7 +51,9 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = [{"name": platform.processor() or platform.machine(), "kind": "cpu"}]
+    found: list[dict[str, Any]] = [
+        {"name": platform.processor() or platform.machine(), "kind": "cpu"}
+    ]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)

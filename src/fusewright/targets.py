@@ -22,6 +22,18 @@ _HEADS = (
     "AutoModelForMaskedLM",
 )
 _LONGEST = 4096
+# What model classes raise over a config whose values do not fit together.
+_MISFITS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class BadTarget(Exception):
@@ -145,8 +157,7 @@ def _model(target: str, config: Any, question: Question) -> nn.Module:
                     config, dtype=dtype, trust_remote_code=question.trust_remote_code
                 )
             return model
-        except Exception as error:
-            # A model class may raise anything over a config whose values do not fit together.
+        except _MISFITS as error:
             reasons.append(_brief(error))
     if reasons:
         raise BadTarget(f"{target}: the config does not build a model: {reasons[0]}")
@@ -166,7 +177,7 @@ def _with_adapters(model: nn.Module, rank: int) -> nn.Module:
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     try:
         with torch.device("meta"):
-            adapted: nn.Module = get_peft_model(model, settings, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+            adapted: nn.Module = get_peft_model(model, settings, low_cpu_mem_usage=True)
     except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
         raise BadTarget(f"peft cannot adapt this model: {_brief(error)}") from error
     return adapted
