@@ -174,13 +174,20 @@ def _with_adapters(model: nn.Module, rank: int) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise MissingExtra("peft", "hf") from None
-    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_linears(model))
     try:
         with torch.device("meta"):
             adapted: nn.Module = get_peft_model(model, settings, low_cpu_mem_usage=True)
     except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
         raise BadTarget(f"peft cannot adapt this model: {_brief(error)}") from error
     return adapted
+
+
+def _linears(model: nn.Module) -> list[str] | str:
+    """Every nn.Linear but the head: "all-linear" would wrap experts' stacked parameters too."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    return names or "all-linear"
 
 
 def _brief(error: BaseException) -> str:
