@@ -88,7 +88,7 @@ class AbstractSession(Session):
             except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
                 self._running = outer
                 path = self.paths.get(module, "?")
-                self.uncaptured[path] = f"it does not run without data: {_brief(error)}"
+                self.uncaptured[path] = f"it did not run on meta tensors: {_brief(error)}"
                 return next(t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
 
 
