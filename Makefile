@@ -58,10 +58,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt
 	@echo "Installing ..."
-	@$(PIP) --editable '.[hf,bench]'
+	@$(PIP) --editable '.[hf,report,bench]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	@echo "Installing, development tools included ..."
-	@$(PIP) --editable '.[hf,qlora,bench,dev]'
+	@$(PIP) --editable '.[hf,qlora,report,bench,dev]'
 	@touch $(VENV)/.run $@

@@ -79,13 +79,14 @@ def _own_code(forward: Callable[..., Any]) -> Callable[..., Any]:
     return twin
 
 
-def _compiled(forward: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
+def compiled_forward(forward: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
+    """``forward`` compiled through ``backend``, apart from every other use of the same function."""
     return torch.compile(_own_code(forward), backend=backend)
 
 
 def _region_forward(cls: type[nn.Module], backend: Backend, session: Session) -> Any:
     inner = modules.inner_forward(cls)
-    compiled = _compiled(inner, backend)
+    compiled = compiled_forward(inner, backend)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if wants_compiled(self, session) and not session.hooked_since(self):
@@ -109,7 +110,8 @@ def _spine_forward(cls: type[nn.Module], backend: Backend, session: Session) -> 
                 with session.bypassed():
                     return inner(self, *args, **kwargs)
             kwargs["use_cache"] = False
-        out = inner(self, *args, **kwargs)
+        with session.around_spine():
+            out = inner(self, *args, **kwargs)
         if self.training and not isinstance(out, torch.Tensor):
             mark_rows(out.values() if isinstance(out, dict) else out)
         return out
@@ -123,7 +125,7 @@ def _cache_forced(kwargs: dict[str, Any]) -> bool:
 
 def _head_forward(cls: type[nn.Module], backend: Backend, session: Session) -> Any:
     inner = modules.inner_forward(cls)
-    compiled = _compiled(inner, backend)
+    compiled = compiled_forward(inner, backend)
     has_cache = "use_cache" in inspect.signature(inner).parameters
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

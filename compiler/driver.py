@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fusewright.compiler import capture, explain, regions
+from fusewright.compiler import capture, coverage, explain, regions
 from fusewright.compiler.config import Options
 from fusewright.compiler.match import Pattern
 from fusewright.compiler.records import Binding
@@ -36,7 +36,7 @@ def optimize(model: Any, catalogue: Sequence[Pattern], options: dict[str, Any]) 
 
 def report(model: Any) -> explain.CoverageReport:
     """The coverage report of an optimised model."""
-    return explain.report(_required(model))
+    return coverage.report(_required(model), model)
 
 
 def restore(model: Any) -> None:

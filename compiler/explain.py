@@ -1,15 +1,22 @@
-"""The coverage report: what was rewritten, what was not and why."""
+"""The coverage report: what was rewritten, what was not and why, and what share of a step it is.
+
+``compiler/coverage.py`` makes it from what the stages recorded; the forms it takes are in
+``tables.py`` (terminal), ``page.py`` (HTML), ``difference.py`` (against another report) and
+``repro.py`` (a test case for each miss).
+"""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fusewright.compiler.match import Match, Miss
-from fusewright.compiler.records import GraphRecord
-from fusewright.compiler.session import Session
+if TYPE_CHECKING:
+    from fusewright.compiler.difference import Difference
+    from fusewright.compiler.session import Session
 
 
 class CoverageError(AssertionError):
@@ -21,7 +28,9 @@ class Row:
     """One kind of site in one region, collapsed over the instances that run it.
 
     ``status`` is "fired" or "missed". Errors are means over the region's tensors against float64,
-    measured on a slice of the first step's inputs; ``*_eager`` is eager's own.
+    measured on a slice of the first step's inputs; ``*_eager`` is eager's own. ``share`` is the
+    part of the step's estimated time before rewriting, 0 to 1; FLOPs and bytes are those of all
+    the row's instances in one training step, as captured and (``*_after``) as rewritten.
     """
 
     pattern: str
@@ -37,20 +46,38 @@ class Row:
     error: float | None = None
     error_eager: float | None = None
     proof_error: float | None = None
+    share: float = 0.0
+    flops: int = 0
+    bytes: int = 0
+    bytes_after: int = 0
+    saved_bytes: int = 0
+    saved_bytes_after: int = 0
 
 
 @dataclass
 class CoverageReport:
     """What ``fusewright.report(model)`` returns.
 
+    The costs are those of one training step, forward and backward, of the captured regions at the
+    sizes they were captured with (compiler/cost.py says how they are counted); they are all zero
+    where nothing could be counted, and ``notes`` then says why.
+
     Attributes:
         counts: pattern -> instances rewritten in the whole model.
         rows: one row per kind of site, fired first.
         graph_breaks: where Dynamo stopped, with the user's source line.
         eager_now: path of each region's module that runs un-rewritten now -> why.
-        regions: per captured graph: kind, class, instances, lowering, seconds, verdict.
+        regions: per captured graph: kind, class, instances, lowering, seconds, verdict, costs.
         notes: anything else worth knowing.
         coverage: fired / (fired + missed) over instances of sites.
+        coverage_flops, coverage_bytes, coverage_saved_bytes: shares, 0 to 1, of the captured
+            regions' FLOPs, bytes moved and bytes kept for the backward that lie in rewritten sites.
+        families: per family, and for what no family took: sites, share of the step's estimated
+            time, FLOPs, bytes moved and saved bytes, as captured and (``*_after``) as rewritten.
+        totals: the same keys for all captured regions together.
+        parameters: "total", "trainable" and "bytes" of the model.
+        layers: path of each region's module -> share of its bytes that lies in rewritten sites.
+        target: what the report is about: the model's class, and batch, sequence and the like.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -60,10 +87,72 @@ class CoverageReport:
     regions: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     coverage: float = 0.0
+    coverage_flops: float = 0.0
+    coverage_bytes: float = 0.0
+    coverage_saved_bytes: float = 0.0
+    families: list[dict[str, Any]] = field(default_factory=list)
+    totals: dict[str, int] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    layers: dict[str, float] = field(default_factory=dict)
+    target: dict[str, Any] = field(default_factory=dict)
+    _session: Session | None = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The attributes by name, as JSON can hold them."""
+        found: dict[str, Any] = json.loads(self.to_json(None))
+        return found
 
     def to_json(self, indent: int | None = 1) -> str:
         """The report as a JSON object with the attributes' names as keys."""
-        return json.dumps(asdict(self), indent=indent, default=str)
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name[0] != "_"}
+        values["rows"] = [vars(row) for row in self.rows]
+        return json.dumps(values, indent=indent, default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> CoverageReport:
+        """A report read back from ``to_json``; it has no graphs, so no HTML code and no repros.
+
+        Raises:
+            ValueError: the text is not such a report.
+        """
+        values = json.loads(text)
+        known = {f.name for f in fields(cls) if f.name[0] != "_"}
+        if not isinstance(values, Mapping) or not {"rows", "counts", "regions"} <= values.keys():
+            raise ValueError("not a coverage report: it has no rows, counts and regions")
+        columns = {f.name for f in fields(Row)}
+        rows = [Row(**{k: v for k, v in row.items() if k in columns}) for row in values["rows"]]
+        return cls(**{k: v for k, v in values.items() if k in known} | {"rows": rows})
+
+    def to_html(self, path: str | PathLike[str] | None = None) -> str:
+        """The report as one self-contained page; also written to ``path`` where that is given.
+
+        Raises:
+            ModuleNotFoundError: jinja2 is not installed (``pip install 'fusewright[report]'``).
+        """
+        from fusewright.compiler.page import render
+
+        text = render(self)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def diff(self, other: CoverageReport) -> Difference:
+        """What changes from this report to ``other``: sites, reasons and shares."""
+        from fusewright.compiler.difference import difference
+
+        return difference(self, other)
+
+    def emit_repro(self, folder: str | PathLike[str]) -> list[Path]:
+        """Write a self-contained pytest file for each kind of missed site; returns their paths.
+
+        Raises:
+            ValueError: the report was read from JSON and has no graphs.
+        """
+        from fusewright.compiler.repro import emit
+
+        if self._session is None:
+            raise ValueError("a report read from JSON has no graphs to write test cases from")
+        return emit(self._session, Path(folder))
 
     def require(self, coverage: float | None = None, **minimums: int) -> CoverageReport:
         """Raise CoverageError unless each pattern has at least so many instances; else return self.
@@ -95,101 +184,3 @@ class CoverageReport:
 
     def __rich__(self) -> str:
         return str(self)
-
-
-def report(session: Session) -> CoverageReport:
-    """The report of one optimised model as things stand now."""
-    out = CoverageReport(notes=list(session.notes), eager_now=dict(session.uncaptured))
-    fired: list[Row] = []
-    missed: list[Row] = []
-    for record in session.records:
-        instances = len(record.modules)
-        out.regions.append(_region(record, instances))
-        out.graph_breaks += [asdict(b) for b in record.breaks]
-        if not instances:
-            continue
-        if record.failure:
-            for path in sorted(record.modules):
-                out.eager_now.setdefault(path, record.failure)
-        fired += [_fired(m, record, instances) for m in record.matches]
-        missed += [_missed(m, instances) for m in record.misses]
-    fired, missed = _collapse(fired), _collapse(missed)
-    out.rows = fired + missed
-    counts: Counter[str] = Counter()
-    for row in fired:
-        if row.status == "fired":
-            counts[row.pattern] += row.count
-    out.counts = dict(counts)
-    total = sum(r.count for r in out.rows)
-    out.coverage = sum(counts.values()) / total if total else 0.0
-    if not session.records:
-        out.notes.append("nothing has been captured yet: regions are compiled at the first step")
-    return out
-
-
-def _region(record: GraphRecord, instances: int) -> dict[str, Any]:
-    return {
-        "kind": record.kind,
-        "region": record.region,
-        "instances": instances,
-        "fired": len(record.matches),
-        "missed": len(record.misses),
-        "lowering": record.lowering or "as captured",
-        "symbolic": record.symbolic,
-        "failure": record.failure,
-        "verification": asdict(record.verdict),
-        "seconds": {k: round(v, 3) for k, v in record.seconds.items()},
-    }
-
-
-def _fired(match: Match, record: GraphRecord, instances: int) -> Row:
-    candidate, verdict = match.candidate, record.verdict
-    reverted = bool(record.failure)
-    return Row(
-        pattern=match.pattern,
-        kernel=candidate.kernel,
-        count=candidate.share * instances,
-        where=match.module or record.region,
-        source=match.location,
-        parameters=dict(candidate.params),
-        casting_mode=candidate.cast,
-        status="missed" if reverted else "fired",
-        reason=record.failure,
-        verification=verdict.status,
-        error=verdict.forward,
-        error_eager=verdict.forward_eager,
-        proof_error=max(match.proof.forward, match.proof.backward),
-    )
-
-
-def _missed(miss: Miss, instances: int) -> Row:
-    return Row(
-        pattern=miss.pattern,
-        kernel="",
-        count=instances,
-        where=miss.module,
-        source=miss.location,
-        parameters={},
-        casting_mode="",
-        status="missed",
-        reason=f"{miss.step}: {miss.reason}",
-    )
-
-
-def _collapse(rows: list[Row]) -> list[Row]:
-    """Rows that differ in their count, module and errors only become one; the worst error stays."""
-    merged: dict[str, Row] = {}
-    for row in rows:
-        key = json.dumps(
-            [row.pattern, row.source, row.parameters, row.casting_mode, row.status, row.reason],
-            default=str,
-        )
-        known = merged.get(key)
-        if known is None:
-            merged[key] = row
-        else:
-            places = list(dict.fromkeys([*known.where.split(", "), row.where]))
-            worst = max(known, row, key=lambda r: r.error or 0.0)
-            values = asdict(worst) | {"count": known.count + row.count, "where": ", ".join(places)}
-            merged[key] = Row(**values)
-    return list(merged.values())

@@ -75,6 +75,21 @@ def _settled(size: Any) -> Any:
     return size
 
 
+def traced(size: Any) -> Any:
+    """The number that a symbolic size had when the graph was traced; anything else as it is."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    expression = size.node.expr
+    return int(expression.subs({s: traced_symbol(size, s) for s in expression.free_symbols}))
+
+
+def traced_symbol(size: torch.SymInt, symbol: Any) -> int:
+    """The number behind one symbol of a symbolic size."""
+    environment = size.node.shape_env
+    known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+    return int(known[symbol])
+
+
 def last(node: fx.Node) -> Any:
     """The size of the last dimension, 1 for a scalar."""
     sizes = shape(node)

@@ -54,13 +54,19 @@ class Match:
 
 @dataclass(frozen=True)
 class Miss:
-    """A site that a pattern looked at and left alone, with the step that refused and why."""
+    """A site that a pattern looked at and left alone, with the step that refused and why.
+
+    ``anchor`` is the name of the node that was looked at, ``nodes`` the names of what the most
+    ambitious candidate claimed, the anchor alone where nothing grew.
+    """
 
     pattern: str
     step: str
     reason: str
     location: str
     module: str
+    anchor: str = ""
+    nodes: frozenset[str] = frozenset()
 
 
 def find(
@@ -80,8 +86,10 @@ def _site(
 ) -> Match | Miss:
     started = time.perf_counter()
     step, reason = "grow", "nothing grew from the anchor"
+    claimed = frozenset({anchor.name})
     try:
         for candidate in pattern.candidates(anchor):
+            claimed = max(claimed, frozenset(n.name for n in candidate.nodes), key=len)
             try:
                 proof = prove(candidate)
                 before = legality.check(candidate, graph, deferrable)
@@ -103,4 +111,12 @@ def _site(
             )
     except Refused as refusal:
         step, reason = "grow", str(refusal)
-    return Miss(pattern.name, step, reason, ir.source_line(anchor), ir.module_path(anchor))
+    return Miss(
+        pattern.name,
+        step,
+        reason,
+        ir.source_line(anchor),
+        ir.module_path(anchor),
+        anchor.name,
+        claimed,
+    )

@@ -116,6 +116,7 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
     # The fake tensors that make_fx records are detached and no longer say it.
     for node, example in zip(canonical.graph.find_nodes(op="placeholder"), examples, strict=True):
         node.meta["requires_grad"] = bool(getattr(example, "requires_grad", False))
+        node.meta["parameter"] = isinstance(example, torch.nn.Parameter)
     simplify(canonical.graph)
     canonical.graph.eliminate_dead_code(is_impure_node=_impure)
     canonical.recompile()

@@ -182,10 +182,16 @@ def match_and_rewrite(
                 continue
             if deferrable & found.candidate.nodes:
                 deferred = lazy.defer(graph, found.candidate, deferrable)
+            before = {n.name for n in graph.nodes}
             rewrite.apply(found, graph)
             record.matches.append(found)
+            record.made.append(frozenset(n.name for n in graph.nodes) - before)
         if hasattr(pattern, "regroup"):
+            before = {n.name for n in graph.nodes}
             pattern.regroup(graph)
+            joined = frozenset(n.name for n in graph.nodes) - before
+            if joined and record.made:  # what joins a pattern's ops counts with the last of them
+                record.made[-1] |= joined
     graph.eliminate_dead_code()
     graph.lint()
     gm.recompile()

@@ -209,7 +209,7 @@ def _hints(candidate: Candidate) -> dict[Any, int]:
     for node in (*candidate.inputs.values(), *candidate.nodes):
         for size in _sizes_of(node):
             for symbol in size.node.expr.free_symbols:
-                hints.setdefault(symbol, _hint(size, symbol))
+                hints.setdefault(symbol, ir.traced_symbol(size, symbol))
     return hints
 
 
@@ -222,12 +222,6 @@ def _small(hints: dict[Any, int]) -> dict[Any, int]:
     distinct = sorted(set(hints.values()))
     small = {hint: _SIZES[i % len(_SIZES)] for i, hint in enumerate(distinct)}
     return {symbol: small[hint] for symbol, hint in hints.items()}
-
-
-def _hint(size: torch.SymInt, symbol: Any) -> int:
-    environment = size.node.shape_env
-    known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
-    return int(known[symbol])
 
 
 def _sizes_of(node: fx.Node | None) -> list[torch.SymInt]:

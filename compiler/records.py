@@ -41,17 +41,21 @@ class GraphRecord:
         kind: "block", "leaf" or "head".
         region: the class name of the modules that run it.
         matches, misses: what the patterns found.
+        made: per match, the names of the nodes that its replacement put into the graph.
         modules: paths of the instances that ran this graph last.
         failure: why the graph runs as captured, "" if it is rewritten or had nothing to rewrite.
         lowering: "fx" or "inductor".
         symbolic: whether sizes are symbolic.
         seconds: wall time per stage.
+        canonical, rewritten: the graphs.
+        shares: what the sites and the rest cost, once somebody asked (compiler/shares.py).
     """
 
     kind: str
     region: str
     matches: list[Match] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
+    made: list[frozenset[str]] = field(default_factory=list)
     modules: set[str] = field(default_factory=set)
     verdict: Verdict = field(default_factory=Verdict)
     breaks: list[GraphBreak] = field(default_factory=list)
@@ -62,6 +66,7 @@ class GraphRecord:
     notes: list[str] = field(default_factory=list)
     canonical: Any = None
     rewritten: Any = None
+    shares: Any = None
 
 
 @dataclass

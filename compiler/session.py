@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -163,6 +163,14 @@ class Session:
             missing = self.stored.missing(self._module, wishes)
             if missing:
                 raise NeedsStorage(missing)
+
+    def entering(self, path: str) -> None:
+        """What runs next is the region at ``path``."""
+        self._running = path
+
+    def around_spine(self) -> AbstractContextManager[Any]:
+        """The context in which the modules above the blocks run."""
+        return nullcontext()
 
     def hooked_since(self, module: nn.Module) -> bool:
         """Whether hooks inside ``module`` changed since its first call; compiled code misses them."""

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from training import _InDouble
 
-from fusewright.compiler.capture import Backend, _compiled
+from fusewright.compiler.capture import Backend, compiled_forward
 from fusewright.compiler.config import Options
 from fusewright.compiler.match import Miss
 from fusewright.compiler.records import GraphRecord
@@ -60,7 +60,7 @@ def compile_one(computation: Computation, kind: str = "block", **options: Any) -
     session = Session(Options.build(DEFAULT, **given))
     backend = Backend(session, kind, "computation")
     bound = (computation,) if isinstance(computation, nn.Module) else ()
-    compiled = _compiled(type(computation).forward if bound else computation, backend)
+    compiled = compiled_forward(type(computation).forward if bound else computation, backend)
 
     def run(*inputs: Any) -> Any:
         mark_rows(inputs)

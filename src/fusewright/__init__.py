@@ -10,7 +10,7 @@ the first call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Model = TypeVar("Model", bound=nn.Module)
 
 __version__ = "0.1.0"
-__all__ = ["optimize", "report", "restore"]
+__all__ = ["examine", "optimize", "report", "restore"]
 
 
 def optimize(
@@ -77,6 +77,19 @@ def report(model: nn.Module) -> CoverageReport:
     from fusewright.compiler import driver
 
     return driver.report(model)
+
+
+def examine(computation: Callable[..., Any], *inputs: Any) -> CoverageReport:
+    """What would be rewritten in one function or module: the report of its forward as a block's.
+
+    Args:
+        computation: a function of the inputs, or a module.
+        inputs: real tensors and constants; the computation is run on them once.
+    """
+    from fusewright.compiler.examine import examine as look
+    from fusewright.patterns import DEFAULT
+
+    return look(computation, inputs, DEFAULT)
 
 
 def restore(model: Model) -> Model:

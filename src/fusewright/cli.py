@@ -1,0 +1,178 @@
+"""The command line: ``fusewright report`` and ``fusewright doctor``.
+
+Answers go to stdout; everything else, and the one line that says what was wrong with a question,
+goes to stderr. Exit code 2 is a question that cannot be answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fusewright.compiler.explain import CoverageReport
+    from fusewright.targets import Question
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="A graph compiler for fine-tuning: ask what it would do, before there is a GPU.",
+)
+
+
+@app.command()
+def report(
+    target: Annotated[
+        str, typer.Argument(help="a model type, a config.json, or a folder with one")
+    ] = "",
+    batch: Annotated[int, typer.Option(min=1, help="rows of the batch")] = 1,
+    sequence: Annotated[
+        int, typer.Option(min=0, help="tokens a row; 0: as the config allows, at most 4096")
+    ] = 0,
+    dtype: Annotated[str, typer.Option(help=", ".join(_DTYPES))] = "bfloat16",
+    lora: Annotated[int, typer.Option(min=0, help="adapters of this rank on every linear")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else")] = False,
+    html: Annotated[Path | None, typer.Option(help="write the report as one HTML page")] = None,
+    diff: Annotated[
+        tuple[str, str] | None, typer.Option(help="two targets or report JSONs to compare")
+    ] = None,
+    emit_repro: Annotated[
+        Path | None, typer.Option(help="a folder for one pytest file per kind of miss")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run the code that a config names")
+    ] = False,
+) -> None:
+    """What fires in a model, what is missed and why, and what share of a step it is: no weights."""
+    with _errors():
+        question = _question(batch, sequence, dtype, lora, trust_remote_code)
+        if bool(target) == (diff is not None):
+            _refuse("give a TARGET, or --diff A B, and not both")
+        if diff is not None:
+            _only_without(html, emit_repro)
+            first, second = (_answer(t, question) for t in diff)
+            changes = first.diff(second)
+            print(changes.to_json() if as_json else changes)
+            return
+        answer = _answer(target, question)
+        _write(answer, html, emit_repro)
+        if as_json:
+            print(answer.to_json())
+        else:
+            _show(answer)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else")] = False,
+) -> None:
+    """What this machine has, and what would work on it."""
+    from fusewright.doctor import findings
+
+    found = findings()
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    console = Console(highlight=False)
+    console.print(f"Python {found['python']}, {found['platform']}")
+    for part in ("packages", "compilers"):
+        table = Table(title=part, title_justify="left", show_header=False, show_edge=False)
+        for name, have in found[part].items():
+            table.add_row(name, have or "not found")
+        console.print(table)
+    for device in found["devices"]:
+        console.print(", ".join(f"{k} {v}" for k, v in device.items()), markup=False)
+    for feature, obstacle in found["works"].items():
+        console.print(f"{'no ' if obstacle else 'yes'} {feature}{obstacle and ': ' + obstacle}")
+
+
+def _question(batch: int, sequence: int, dtype: str, lora: int, trust: bool) -> Question:
+    from fusewright.targets import Question
+
+    if dtype not in _DTYPES:
+        _refuse(f"--dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}")
+    return Question(batch, sequence, dtype, lora, trust)
+
+
+def _only_without(html: Path | None, emit_repro: Path | None) -> None:
+    if html is not None or emit_repro is not None:
+        _refuse("--html and --emit-repro are about one target; --diff compares two")
+
+
+def _answer(target: str, question: Question) -> CoverageReport:
+    """The report of a target, or the one that a JSON file holds."""
+    from fusewright.compiler.explain import CoverageReport
+
+    path = Path(target).expanduser()
+    if path.is_file():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        with contextlib.suppress(ValueError):  # then it is a config, or nothing that we know
+            return CoverageReport.from_json(text)
+    from fusewright import targets
+    from fusewright.compiler.abstract import observe
+    from fusewright.patterns import DEFAULT
+
+    started = time.perf_counter()
+    # What libraries print while they work is not the answer.
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        built = targets.build(target, question)
+        answer = observe(built.model, DEFAULT, built.inputs)
+    answer.target = built.about | {"seconds": round(time.perf_counter() - started, 1)}
+    return answer
+
+
+def _write(answer: CoverageReport, html: Path | None, emit_repro: Path | None) -> None:
+    if html is not None:
+        try:
+            answer.to_html(html)
+        except ModuleNotFoundError as error:
+            _refuse(str(error))
+        print(f"wrote {html}", file=sys.stderr)
+    if emit_repro is not None:
+        for path in answer.emit_repro(emit_repro):
+            print(f"wrote {path}", file=sys.stderr)
+
+
+def _show(answer: CoverageReport) -> None:
+    from fusewright.compiler.tables import write
+
+    write(answer, Console(width=None if sys.stdout.isatty() else 118))
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Turn what is wrong with a question into one line and exit code 2."""
+    from fusewright.compiler.regions import NothingToOptimize
+    from fusewright.targets import BadTarget
+
+    try:
+        yield
+    except (BadTarget, NothingToOptimize) as error:
+        _refuse(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _refuse(f"{error.filename}: {error.strerror}")
+    except ValueError as error:
+        if not str(error).startswith("FUSEWRIGHT_"):
+            raise
+        _refuse(str(error))
+
+
+def _refuse(line: str) -> Any:
+    print(f"fusewright: {' '.join(line.split())}", file=sys.stderr)
+    raise typer.Exit(2)
