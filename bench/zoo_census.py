@@ -76,7 +76,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        family = self._family(name, args, out)
+        family = self._family(name, args, kwargs or {}, out)
         if family is not None:
             self.seen[family].add((self.stack[-1], _place()))
         tensors = [a for a in args[:2] if isinstance(a, torch.Tensor)]
@@ -85,7 +85,9 @@ class _Watch(TorchFunctionMode):
             self.activated[id(out)] = out  # kept alive, so that no other tensor gets its id
         return out
 
-    def _family(self, name: str, args: tuple[Any, ...], out: Any) -> str | None:
+    def _family(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> str | None:
         if name in _LIBRARY_NORMS:
             return "norm"
         if name in _LOSSES:
@@ -93,7 +95,10 @@ class _Watch(TorchFunctionMode):
         if not isinstance(out, torch.Tensor) or not out.is_floating_point():
             return None
         row = out.dim() >= 2 and out.shape[-1] == 1
-        if name in _ROOTS or name in _LENGTHS or (name in _POWERS and args[1] == -0.5):
+        power = args[1] if len(args) > 1 else kwargs.get("p", kwargs.get("ord"))
+        inverse = name in _POWERS and isinstance(power, float) and power == -0.5
+        length = name in _LENGTHS and power in (None, 2, "fro")
+        if name in _ROOTS or inverse or length:
             return "norm" if row else None
         if name in _PRODUCTS:
             a, b = args[0], args[1]

@@ -123,10 +123,13 @@ def _takes_labels(module: nn.Module) -> bool:
 def _children(
     path: str, module: nn.Module, above: set[str], blocks: dict[str, nn.Module]
 ) -> list[tuple[str, nn.Module]]:
+    """Children that are neither blocks, nor above them, nor plain layers; of lists, the entries."""
     out = []
     for name, child in module.named_children():
         full = f"{path}.{name}" if path else name
         holds_block = any(b == full or _inside(b, full) for b in blocks)
-        if full not in above and not holds_block and not isinstance(child, _PLAIN):
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and full not in blocks:
+            out += _children(full, child, above, blocks)
+        elif full not in above and not holds_block and not isinstance(child, _PLAIN):
             out.append((full, child))
     return out

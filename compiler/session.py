@@ -88,7 +88,7 @@ class Session:
         self.options = options
         self.records: list[GraphRecord] = []
         self.paths: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-        self.current: dict[str, GraphRecord] = {}
+        self.current: dict[str, list[GraphRecord]] = {}
         self.uncaptured: dict[str, str] = {}
         self.notes: list[str] = []
         self.bypass = False
@@ -96,7 +96,7 @@ class Session:
         self._hooks = weakref.WeakKeyDictionary()
         self.settings = {kind: dynamo_settings(kind) for kind in ("block", "leaf", "head")}
         self._running = ""
-        self._ran: GraphRecord | None = None
+        self._ran: list[GraphRecord] = []
         self._pending: list[GraphRecord] = []
 
     def note(self, text: str) -> None:
@@ -106,38 +106,44 @@ class Session:
 
     def ran(self, record: GraphRecord) -> None:
         """Called by a region's callable each time it runs."""
-        self._ran = record
-        if self.current.get(self._running) is not record:
-            previous = self.current.get(self._running)
-            if previous is not None:
-                previous.modules.discard(self._running)
-            record.modules.add(self._running)
-            self.current[self._running] = record
+        if record not in self._ran:
+            self._ran.append(record)
 
     def call(
         self, kind: str, module: nn.Module, compiled: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        """Run a compiled region for ``module`` under our Dynamo settings and note which graph ran."""
-        outer, self._running, self._ran = self._running, self.paths.get(module, "?"), None
+        """Run a compiled region for ``module`` under our Dynamo settings and note which graphs ran."""
+        outer = self._running, self._ran
+        path, ran = self._running, self._ran = self.paths.get(module, "?"), []
         mark_rows(args)
         mark_rows(kwargs.values())
         revert = self.settings[kind]()
         try:
-            return compiled(module, *args, **kwargs)
+            out = compiled(module, *args, **kwargs)
+            # Not where it ends early, as the recompute of a checkpoint does.
+            self._settle(path, module, ran)
+            return out
         finally:
             revert()
-            if self._ran is None:
-                self.current.pop(self._running, None)
-                self.uncaptured.setdefault(
-                    self._running,
-                    "Dynamo ran it uncompiled (recompile limit, a skipped frame or no graph)",
-                )
-            else:
-                self.uncaptured.pop(self._running, None)
-                if self._ran.kind == "leaf" and not self._ran.matches:
-                    # Nothing to gain here: the original forward saves Dynamo's guards.
-                    uninstall(module)
-            self._running = outer
+            self._running, self._ran = outer
+
+    def _settle(self, path: str, module: nn.Module, ran: list[GraphRecord]) -> None:
+        """Note that these graphs, several where the region breaks, are what ``module`` runs now."""
+        for record in self.current.pop(path, []):
+            if record not in ran:
+                record.modules.discard(path)
+        if not ran:
+            self.uncaptured.setdefault(
+                path, "Dynamo ran it uncompiled (recompile limit, a skipped frame or no graph)"
+            )
+            return
+        for record in ran:
+            record.modules.add(path)
+        self.current[path] = ran
+        self.uncaptured.pop(path, None)
+        if all(r.kind == "leaf" and not r.matches for r in ran):
+            # Nothing to gain here: the original forward saves Dynamo's guards.
+            uninstall(module)
 
     def hooked_since(self, module: nn.Module) -> bool:
         """Whether hooks inside ``module`` changed since its first call; compiled code misses them."""
