@@ -123,9 +123,10 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def simplify(graph: fx.Graph) -> None:
-    """Drop what changes nothing, and make equal casts of one value one cast."""
+    """Drop what changes nothing, and make equal casts and equal views of one value one node."""
     _drop_identities(graph)
     written = {root for _, root in mutations(graph)}
+    _merge_views(graph, written)
     made: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
     for node in list(ir.calls(graph)):
         if not ir.is_cast(node) or not _plain_cast(node):
@@ -140,6 +141,22 @@ def simplify(graph: fx.Graph) -> None:
         target = target or made.setdefault((node.args[0], ir.dtype(node)), node)  # type: ignore[arg-type]
         if target is not node:
             node.replace_all_uses_with(target)
+            graph.erase_node(node)
+
+
+def _merge_views(graph: fx.Graph, written: set[fx.Node]) -> None:
+    """One node for each view that the code takes several times of a value that is not written."""
+    made: dict[Any, fx.Node] = {}
+    for node in list(ir.calls(graph)):
+        views = ir.is_call(node, *ir.VIEWS, aten.slice.Tensor, aten.select.int)
+        if not views or node.target is aten.reshape.default or node.kwargs:
+            continue
+        if storage_root(node) in written:
+            continue
+        key = (node.target, *(tuple(a) if isinstance(a, list) else a for a in node.args))
+        known = made.setdefault(key, node)
+        if known is not node:
+            node.replace_all_uses_with(known)
             graph.erase_node(node)
 
 

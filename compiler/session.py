@@ -77,7 +77,8 @@ def mark_rows(values: Any) -> None:
         elif type(value) is torch.Tensor and "_dynamo_weak_dynamic_indices" not in value.__dict__:
             rank = value.dim()
             square = rank == 4 and value.shape[2] == value.shape[3]
-            rows = rank - 1 if value.is_floating_point() and not square else rank
+            features = (value.is_floating_point() or value.is_complex()) and not square
+            rows = rank - 1 if features else rank
             torch._dynamo.maybe_mark_dynamic(value, list(range(rows)))
 
 

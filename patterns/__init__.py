@@ -9,6 +9,7 @@ from fusewright.patterns.layer_norm import LayerNorm
 from fusewright.patterns.lora import LoRA
 from fusewright.patterns.rms_norm import RMSNorm
 from fusewright.patterns.rope import RoPE
+from fusewright.patterns.rope_complex import ComplexRoPE
 
 DEFAULT: tuple[Pattern, ...] = (
     LinearCrossEntropy(),
@@ -16,6 +17,7 @@ DEFAULT: tuple[Pattern, ...] = (
     LayerNorm(),
     RMSNorm(),
     RoPE(),
+    ComplexRoPE(),
     LoRA(),
     GLU(),
 )

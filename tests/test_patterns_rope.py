@@ -110,6 +110,16 @@ def pairs_by_pieces_narrow(q, k, cos, sin):
     return rotated(q), rotated(k)
 
 
+def pairs_to_halves_narrow(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def rotated(x):
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+    return rotated(q), rotated(k)
+
+
 def partial(q, k, cos, sin):
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
 
@@ -137,6 +147,7 @@ SPELLINGS = [
     pairs_repeated_inside_narrow,
     by_pieces_narrow,
     pairs_by_pieces_narrow,
+    pairs_to_halves_narrow,
     partial,
     added_in_one_call,
 ]
