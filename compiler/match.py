@@ -82,7 +82,8 @@ def _site(
                 proof = prove(candidate)
                 before = legality.check(candidate, graph, deferrable)
             except Disproved as refusal:
-                step, reason = "proof", str(refusal)
+                if step != "legality":  # that claim was the right one
+                    step, reason = "proof", str(refusal)
                 continue
             except legality.Illegal as refusal:
                 step, reason = "legality", str(refusal)

@@ -6,8 +6,8 @@
 
 Anchor: the concatenation (or stack) of a negated piece of x with another piece of x, or of a
 difference and a sum of products of two pieces. Features beyond ``rotary_dim`` pass through. Queries
-and keys that share cos and sin are taken together. cos and sin are tables without a gradient. The
-backward is derived in kernels/rope.py.
+and keys that share cos and sin are taken together. A rotation the other way round is one by -sin.
+cos and sin are tables without a gradient. The backward is derived in kernels/rope.py.
 """
 
 from __future__ import annotations
@@ -66,11 +66,10 @@ class RoPE:
         if not sites:
             raise Refused("the rotated value is not combined as x cos + R(x) sin with two tables")
         for site in sites:
-            for partner in _partners(anchor, site):
-                for order in (0, 1):
-                    yield _candidate((site, partner), order)
-            for order in (0, 1):
-                yield _candidate((site,), order)
+            groups = [(site, partner) for partner in _partners(anchor, site)]
+            for group in (*groups, (site,)):
+                for order, back in ((0, False), (1, False), (0, True), (1, True)):
+                    yield _candidate(group, order, back)
 
 
 def _rotation(node: fx.Node) -> tuple[fx.Node, str] | None:
@@ -82,7 +81,8 @@ def _rotation(node: fx.Node) -> tuple[fx.Node, str] | None:
     dim = node.args[1] if len(node.args) > 1 else 0
     if not isinstance(pieces, (list, tuple)) or len(pieces) != 2 or dim % rank != rank - 1:  # type: ignore[operator]
         return None
-    if ir.is_call(pieces[0], aten.sub.Tensor) and ir.is_call(pieces[1], aten.add.Tensor):
+    combined = [getattr(p, "target", None) for p in pieces]
+    if combined in ([aten.sub.Tensor, aten.add.Tensor], [aten.add.Tensor, aten.sub.Tensor]):
         sources = [_product_sources(p) for p in pieces]
         common = sources[0] & sources[1]
         roots: list[Any] = [common.pop()] if len(common) == 1 else [None]
@@ -269,7 +269,7 @@ def _partners(anchor: fx.Node, site: _Site) -> Iterator[_Site]:
                 yield other
 
 
-def _candidate(sites: tuple[_Site, ...], order: int) -> Candidate:
+def _candidate(sites: tuple[_Site, ...], order: int, back: bool) -> Candidate:
     first = sites[0]
     tables = first.tables[::-1] if order else first.tables
     cos, sin = tables
@@ -278,20 +278,23 @@ def _candidate(sites: tuple[_Site, ...], order: int) -> Candidate:
     layout, rotary_dim = first.layout, first.rotary_dim
 
     def formula(t: dict[str, Any], rounder: Rounder) -> list[torch.Tensor]:
-        c, s = t["cos"].detach(), t["sin"].detach()
+        c, s = t["cos"].detach(), t["sin"].detach() * (-1 if back else 1)
         rotated = [x for x in (t["q"], t["k"]) if x is not None]
         return [_rotate(x, c, s, layout, rotary_dim) for x in rotated]
 
     def emit(graph: fx.Graph, read: Mapping[str, Any]) -> list[fx.Node]:
+        if back:
+            read = {**read, "sin": call(graph, aten.neg.default, (read["sin"],), first.out)}
         return emit_rotation(graph, read, in_order, layout, rotary_dim, first.out)
 
+    params = {"layout": layout, "rotary_dim": rotary_dim, "together": len(sites)}
     return Candidate(
         nodes=frozenset().union(*(s.nodes for s in sites)),
         inputs=inputs,
         outputs=tuple(s.out for s in sites),
         formula=formula,
         emit=emit,
-        params={"layout": layout, "rotary_dim": rotary_dim, "together": len(sites)},
+        params=params | ({"back": True} if back else {}),
         cast="output",
         scaled=("q", "k"),
         share=len(sites),
