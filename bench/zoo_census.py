@@ -42,7 +42,9 @@ _ACTIVATIONS = {
 }  # fmt: skip
 _LOSSES = {"cross_entropy", "nll_loss", "log_softmax"}
 _KEEP_THE_VALUE = {"to", "float", "type_as", "view", "reshape", "dropout", "contiguous", "type"}
-_ROTATES = re.compile(r"(apply|rotate)\w*(rotary|rope)|rotary\w*(apply|embeddings?$)|^apply_\w*rope")
+_ROTATES = re.compile(
+    r"(apply|rotate)\w*(rotary|rope)|rotary\w*(apply|embeddings?$)|^apply_\w*rope"
+)
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 
 

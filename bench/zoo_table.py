@@ -208,16 +208,28 @@ def _missed_section(types: dict[str, Row]) -> list[str]:
     for name, row in types.items():
         for miss in row["modes"].get(MODES[0], {}).get("missed", []):
             reasons[miss["pattern"], miss["reason"]][name] += miss["count"]
-    lines = ["## Looked at and left alone", "", "| pattern | reason | sites | types |", "|---|---|---|---|"]
+    lines = [
+        "## Looked at and left alone",
+        "",
+        "| pattern | reason | sites | types |",
+        "|---|---|---|---|",
+    ]
     for (pattern, reason), names in sorted(reasons.items(), key=lambda i: -sum(i[1].values())):
-        shown = ", ".join(list(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        shown = ", ".join(list(names)[:4]) + (
+            f" and {len(names) - 4} more" if len(names) > 4 else ""
+        )
         safe = reason.replace("|", "\\|")
         lines.append(f"| {pattern} | {safe} | {sum(names.values())} | {shown} |")
     return [*lines, ""]
 
 
 def _uncovered_section(types: dict[str, Row]) -> list[str]:
-    lines = ["## Sites of the census that were not rewritten", "", "| type | family | where |", "|---|---|---|"]
+    lines = [
+        "## Sites of the census that were not rewritten",
+        "",
+        "| type | family | where |",
+        "|---|---|---|",
+    ]
     for name, row in types.items():
         for family, where in row["modes"].get(MODES[0], {}).get("uncovered", {}).items():
             shown = ", ".join(f"{p} {n}" if n > 1 else p for p, n in list(where.items())[:4])

@@ -20,7 +20,7 @@ from torch import fx
 
 from fusewright.compiler import autocast, dump, ir, lazy, lower, rewrite
 from fusewright.compiler.match import Match, find
-from fusewright.compiler.normalize import NotNormalizable, normalize, simplify
+from fusewright.compiler.normalize import NotNormalizable, drop_dead, normalize, simplify
 from fusewright.compiler.records import GraphBreak, GraphRecord, Verdict
 from fusewright.compiler.session import Session
 from fusewright.compiler.verify import verify
@@ -179,7 +179,7 @@ def match_and_rewrite(
                 deferred = lazy.defer(graph, found.candidate, deferrable)
             rewrite.apply(found, graph)
             record.matches.append(found)
-    graph.eliminate_dead_code()
+    drop_dead(graph)
     graph.lint()
     gm.recompile()
     return deferred

@@ -14,7 +14,11 @@ WIDTH = 8
 def _inputs(tokens_first: bool) -> list[Any]:
     """q, k and the complex table (batch, tokens, width / 2)."""
     angle = torch.randn(2, 5, WIDTH // 2)
-    shapes = ((2, 5, 4, WIDTH), (2, 5, 2, WIDTH)) if tokens_first else ((2, 4, 5, WIDTH), (2, 2, 5, WIDTH))
+    shapes = (
+        ((2, 5, 4, WIDTH), (2, 5, 2, WIDTH))
+        if tokens_first
+        else ((2, 4, 5, WIDTH), (2, 2, 5, WIDTH))
+    )
     return [rows(*shapes[0]), rows(*shapes[1]), torch.polar(torch.ones_like(angle), angle)]
 
 
