@@ -35,6 +35,8 @@ _LAYOUT = (
     aten.flatten.using_ints,
     aten.view.default,
     aten.reshape.default,
+    aten.view_as.default,
+    aten.reshape_as.default,
     aten.unsqueeze.default,
 )
 

@@ -84,6 +84,15 @@ def pairs(q, k, cos, sin):
     return q * cos + _pairs(q) * sin, k * cos + _pairs(k) * sin
 
 
+def pairs_shaped_back(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def rotated(x):
+        return torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).reshape_as(x)
+
+    return q * cos + rotated(q) * sin, k * cos + rotated(k) * sin
+
+
 def pairs_repeated_inside_narrow(q, k, cos, sin):
     cos = cos.unsqueeze(1).repeat_interleave(2, -1)
     sin = sin.unsqueeze(1).repeat_interleave(2, -1)
@@ -144,6 +153,7 @@ SPELLINGS = [
     split_by_width,
     in_float32,
     pairs,
+    pairs_shaped_back,
     pairs_repeated_inside_narrow,
     by_pieces_narrow,
     pairs_by_pieces_narrow,
