@@ -55,7 +55,7 @@ def run(name: str, modes: Iterable[str] = MODES) -> dict[str, Any]:
     out["status"] = "ran"
     for mode in modes:
         began = time.perf_counter()
-        out["modes"][mode] = _mode(name, mode, model, batch, census, out)
+        out["modes"][mode] = _mode(name, mode, batch, census)
         out["modes"][mode]["seconds"] = round(time.perf_counter() - began, 2)
     out["seconds"] = round(time.perf_counter() - started, 2)
     return out
@@ -92,22 +92,22 @@ def _batch(like: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
 def _mode(
     name: str,
     mode: str,
-    model: Any,
     batch: dict[str, torch.Tensor],
     census: zoo_census.Census,
-    out: dict[str, Any],
 ) -> dict[str, Any]:
     full = mode.startswith("fp32")
     try:
-        eager = model if full else zoo_configs.build(name, torch.bfloat16, every_expert=True)
-        eager = copy.deepcopy(eager)
+        # Built anew: a forward pass may leave state behind that cannot be copied.
+        dtype = torch.float32 if full else torch.bfloat16
+        eager = zoo_configs.build(name, dtype, every_expert=not full)
         if mode.endswith("+lora"):
             eager = _with_lora(eager, census.linears, 0.05 if full else 0.0)
+        ours = copy.deepcopy(eager)
         training.train_step(eager, batch)
     except Exception as error:  # PEFT refuses some types, bf16 others: eager's own failure
         return {"status": "eager does not train", "reason": _brief(error)}
     try:
-        ours = fusewright.optimize(copy.deepcopy(eager), lowering="fx")
+        fusewright.optimize(ours, lowering="fx")
     except Exception as error:  # the sweep goes on; the table names it as broken
         return {"status": "broken", "reason": f"optimize: {_brief(error)}"}
     row: dict[str, Any] = {}
