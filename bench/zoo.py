@@ -62,9 +62,11 @@ def _fork(name: str, mode: str, path: Path) -> int:
         return pid
     try:
         _child(name, mode, path)
-    except BaseException as error:  # a child must not go on as its parent
-        path.write_text(json.dumps({"type": name, "status": "broken", "reason": repr(error)[:300]}))
-    os._exit(1)
+    finally:  # a child must not go on as its parent
+        _, error, _ = sys.exc_info()
+        told = {"type": name, "status": "broken", "reason": repr(error)[:300]}
+        path.write_text(json.dumps(told))
+        os._exit(1)
 
 
 def sweep(jobs: list[tuple[str, str]], workers: int, limit: float) -> None:
@@ -120,7 +122,11 @@ def _append(row: dict[str, Any]) -> None:
 
 def _commit() -> str:
     found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ["git", "rev-parse", "--short", "HEAD"],
+        check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     return found.stdout.strip()
 

@@ -151,7 +151,9 @@ def _keep_gated_units(model: nn.Module, census: Census) -> None:
     for path in census.sites["glu"]:
         names = {*vars(modules[path]), *(n for n, _ in modules[path].named_children())}
         owns = any(re.match(r"act|.*_act(_fn)?$|hidden_act", n) for n in names)
-        named = re.search(r"mlp|expert|feed_?forward|ffn|glu", type(modules[path]).__name__, re.I)
+        named = re.search(
+            r"mlp|expert|feed_?forward|ffn|glu", type(modules[path]).__name__, re.IGNORECASE
+        )
         if (owns or named) and path not in census.sites["norm"]:
             kept[path] = 1
     census.sites["glu"] = defaultdict(int, kept)

@@ -12,8 +12,14 @@ from typing import Any
 
 import models
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 VOCAB = 128
+# What a type's own code raises where it does not build or train here: a result of the sweep.
+FAILURES = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
+    RuntimeError, TypeError, ValueError, StrictDataclassError,
+)  # fmt: skip
 
 # Size -> the fields that have it, as whole names. Widths are 64, heads 4 (2 for keys) of 16.
 _SIZES: dict[int, str] = {
@@ -56,10 +62,10 @@ _DEPTHS = (
     "layers", "depth", "num_decoder_layers", "num_encoder_layers", "num_blocks",
     "depth_decoder_layers",
 )  # fmt: skip
-_POSITIONS = frozenset(
-    "max_position_embeddings n_positions n_ctx max_seq_len model_max_length context_length "
-    "max_source_positions max_target_positions".split()
-)
+_POSITIONS = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length",
+    "context_length", "max_source_positions", "max_target_positions",
+)  # fmt: skip
 # Fields whose default is None and that their type then cannot do without.
 _NEEDED = {
     "num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok": 2, "n_shared_experts": 1,
@@ -68,15 +74,15 @@ _NEEDED = {
     "indexer_head_dim": 16,
 }  # fmt: skip
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_FOREIGN = frozenset(
-    "transformers_version architectures model_type dtype torch_dtype id2label label2id "
-    "problem_type return_dict output_hidden_states output_attentions is_encoder_decoder "
-    "chunk_size_feed_forward num_labels".split()
-)
+_FOREIGN = (
+    "transformers_version", "architectures", "model_type", "dtype", "torch_dtype", "id2label",
+    "label2id", "problem_type", "return_dict", "output_hidden_states", "output_attentions",
+    "is_encoder_decoder", "chunk_size_feed_forward", "num_labels",
+)  # fmt: skip
 _EVERY_EXPERT = {
-    **dict.fromkeys("num_experts_per_tok num_experts_per_token moe_topk moe_k".split(), 4),
-    **dict.fromkeys("top_k_experts topk moe_top_k router_top_k".split(), 4),
-    **dict.fromkeys("n_group topk_group num_expert_group".split(), 1),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 4),
+    **dict.fromkeys(("top_k_experts", "topk", "moe_top_k", "router_top_k"), 4),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
 }
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
 _BOTH = {"full_attention": _MROPE, "sliding_attention": _MROPE}
@@ -117,8 +123,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
         "intermediate_size": [128] * 4,
     },
-    "dots3_note": {"text": {"num_key_value_heads": 4}},
-    "dots3_note_text": {"num_key_value_heads": 4},
     "glm5_next": {"text": {"num_key_value_heads": 4, "index_topk": 32}},
     "chameleon": {"vocabulary_map": {"<image>": 3}},
     "deepseek_ocr2": {
@@ -159,10 +163,10 @@ def build(name: str, dtype: torch.dtype = torch.float32, every_expert: bool = Fa
     """
     try:
         return _build(name, dtype, every_expert, {})
-    except Exception as first:  # any type's own complaint about a field left at None
+    except FAILURES as first:  # mostly a complaint about a field left at None
         try:
             return _build(name, dtype, every_expert, _NEEDED)
-        except Exception:
+        except FAILURES:
             raise first from None
 
 

@@ -65,13 +65,13 @@ def _trainable(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
     """A model and a batch on which eager takes a step with finite loss and gradients."""
     try:
         model = zoo_configs.build(name)
-    except Exception as error:  # whatever its own code or a missing package raises
+    except zoo_configs.FAILURES as error:
         raise NotTrainable(f"not built: {_brief(error)}") from error
     failures = []
     for batch in _batches(model):
         try:
             step = training.train_step(model, batch)
-        except Exception as error:  # as above
+        except zoo_configs.FAILURES as error:
             failures.append(_brief(error))
             continue
         if math.isfinite(float(step.loss)) and step.grads:
@@ -104,11 +104,13 @@ def _mode(
             eager = _with_lora(eager, census.linears, 0.05 if full else 0.0)
         ours = copy.deepcopy(eager)
         training.train_step(eager, batch)
-    except Exception as error:  # PEFT refuses some types, bf16 others: eager's own failure
+    except (
+        zoo_configs.FAILURES
+    ) as error:  # PEFT refuses some types, bf16 others: eager's own failure
         return {"status": "eager does not train", "reason": _brief(error)}
     try:
         fusewright.optimize(ours, lowering="fx")
-    except Exception as error:  # the sweep goes on; the table names it as broken
+    except zoo_configs.FAILURES as error:  # the sweep goes on; the table names it as broken
         return {"status": "broken", "reason": f"optimize: {_brief(error)}"}
     row: dict[str, Any] = {}
     for checkpointing in (False, True):
@@ -118,12 +120,12 @@ def _mode(
             continue
         try:
             training.train_step(eager, batch)
-        except Exception as error:  # as in _trainable
+        except zoo_configs.FAILURES as error:
             row[key] = {"status": "eager does not train", "reason": _brief(error)}
             continue
         try:
             measured = _float32(eager, ours, batch) if full else _bfloat16(eager, ours, batch)
-        except Exception as error:  # as above
+        except zoo_configs.FAILURES as error:
             measured = {"status": "broken", "reason": _brief(error)}
         row[key] = measured
         if not checkpointing:
@@ -202,7 +204,7 @@ def _on_other_batches(ours: Any, eager: Any, batch: dict[str, torch.Tensor]) -> 
 def _against_float64(ours: Any, eager: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     try:
         measured = _exactness(_triples(ours, eager, batch, range(SEEDS)))
-    except Exception as error:  # a type's own code may have no float64
+    except zoo_configs.FAILURES as error:  # a type's own code may have no float64
         return {"float64": _brief(error)}
     status = "same" if measured.ratio <= AMPLIFIED else "differs"
     return {"ours": measured.ours, "eager": measured.eager, "status": status, "amplified": True}

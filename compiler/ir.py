@@ -28,7 +28,7 @@ CASTS = frozenset(
 )
 IDENTITIES = frozenset({aten.alias.default, aten.contiguous.default, aten.clone.default})
 # ``tensor.data``: the same storage without autograd and without its version counter.
-DATA = torch._C._autograd._get_data_attr
+DATA: Any = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
 VIEWS = frozenset(
     {
         aten.view.default,

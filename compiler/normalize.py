@@ -77,7 +77,8 @@ def _emit_constant(target: Any, args: Any, kwargs: Any) -> Any:
 
     Traced under the fake mode it would have no value.
     """
-    tracer, fake_mode = _tracer(target), detect_fake_mode()
+    tracer: Any = _tracer(target)
+    fake_mode: Any = detect_fake_mode()
     with disable_proxy_modes_tracing(), unset_fake_temporarily():
         made = target(*args, **kwargs).detach()
     name = f"constant_{sum(n.op == 'get_attr' for n in tracer.graph.nodes)}"

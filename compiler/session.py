@@ -115,7 +115,9 @@ class Session:
     ) -> Any:
         """Run a compiled region for ``module`` under our Dynamo settings and note which graphs ran."""
         outer = self._running, self._ran
-        path, ran = self._running, self._ran = self.paths.get(module, "?"), []
+        ran: list[GraphRecord] = []
+        path = self.paths.get(module, "?")
+        self._running, self._ran = path, ran
         mark_rows(args)
         mark_rows(kwargs.values())
         revert = self.settings[kind]()

@@ -149,8 +149,8 @@ def _climb(loss: _Loss) -> tuple[fx.Node | None, _Loss]:
     scale = softcap if softcap else 1.0
     for factor in factors:
         scale *= factor
-    read = {"nodes": frozenset(passed), "scale": scale, "softcap": softcap}
-    return node, replace(loss, slices=tuple(slices), **read)
+    loss = replace(loss, nodes=frozenset(passed), scale=scale, softcap=softcap)
+    return node, replace(loss, slices=tuple(slices))
 
 
 def _cuts_tokens(node: fx.Node) -> bool:
