@@ -108,6 +108,20 @@ def _grow(anchor: fx.Node) -> _Site:
 
 def climb(anchor: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, float]:
     """From the root up to the reduction; the literals added on the way are eps."""
+    node, eps = climb_literals(anchor, inside)
+    node = _mean_as_sum(node, inside)
+    if not ir.is_call(node, aten.mean.dim, aten.sum.dim_IntList):
+        name = getattr(node, "target", node)
+        raise Refused(f"the root is not taken of a mean over the row but of {name}")
+    inside.add(node)
+    source = node.args[0]
+    if not ir.last_dim_only(source, node.args[1]):
+        raise Refused("the mean is not over the last dimension alone")
+    return node, eps
+
+
+def climb_literals(anchor: fx.Node, inside: set[fx.Node]) -> tuple[Any, float]:
+    """(what lies under the root but for casts and added literals, the literals' sum)."""
     node, eps = anchor.args[0], 0.0
     while ir.is_call(node, aten.add.Tensor, aten.add.Scalar) or ir.is_cast(node):
         inside.add(node)  # type: ignore[arg-type]
@@ -117,14 +131,6 @@ def climb(anchor: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, float]:
                 raise Refused("what is added under the root is not a literal")
             eps += float(added[0])  # type: ignore[arg-type]
         node = next(a for a in node.args[:2] if isinstance(a, fx.Node))  # type: ignore[union-attr]
-    node = _mean_as_sum(node, inside)
-    if not ir.is_call(node, aten.mean.dim, aten.sum.dim_IntList):
-        name = getattr(node, "target", node)
-        raise Refused(f"the root is not taken of a mean over the row but of {name}")
-    inside.add(node)
-    source = node.args[0]
-    if not ir.last_dim_only(source, node.args[1]):
-        raise Refused("the mean is not over the last dimension alone")
     return node, eps
 
 
