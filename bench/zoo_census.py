@@ -168,7 +168,7 @@ def _followed(model: nn.Module, watch: _Watch) -> Iterator[list[str]]:
     def enter(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             watch.stack.append(path)
-            if type(module).__name__ in ("Linear", "Conv1D"):
+            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
                 linears.setdefault(path)
             tables = kwargs.get("position_embeddings")
             if _ATTENTION.search(type(module).__name__) and tables is not None:

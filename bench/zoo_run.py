@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -163,6 +164,9 @@ def _with_lora(model: Any, linears: list[str], dropout: float) -> Any:
     ]
     if not kept:
         raise NotTrainable("no linear to adapt")
+    if any("expert" in n for n, _ in model.named_parameters()):
+        # PEFT takes these names for stacked expert parameters too, and refuses dropout on those.
+        kept = [path for path in kept if not re.search(r"(gate|up|down)_proj$", path)]
     settings = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=kept, bias="none")
     adapted = get_peft_model(model, settings, autocast_adapter_dtype=False)
     models.perturb(p for p in adapted.parameters() if p.requires_grad)
@@ -202,12 +206,15 @@ def _on_other_batches(ours: Any, eager: Any, batch: dict[str, torch.Tensor]) -> 
 
 
 def _against_float64(ours: Any, eager: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Errors against float64 over batches; the median ratio, since one may turn a choice over."""
     try:
-        measured = _exactness(_triples(ours, eager, batch, range(SEEDS)))
-    except zoo_configs.FAILURES as error:  # a type's own code may have no float64
+        triples = _triples(ours, eager, batch, range(SEEDS))
+    except zoo_configs.FAILURES as error:
         return {"float64": _brief(error)}
-    status = "same" if measured.ratio <= AMPLIFIED else "differs"
-    return {"ours": measured.ours, "eager": measured.eager, "status": status, "amplified": True}
+    ratios = sorted(_exactness([t]).ratio for t in triples)
+    middle = (ratios[(len(ratios) - 1) // 2] + ratios[len(ratios) // 2]) / 2
+    status = "same" if middle <= AMPLIFIED else "differs"
+    return {"float64_ratios": ratios, "status": status, "amplified": True}
 
 
 def _triples(
