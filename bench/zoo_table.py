@@ -150,14 +150,16 @@ from the same state on the same batch, on a CPU with plain FX lowering.
 
 - fp32: the first step's loss and every gradient within 1e-5 of eager's, relative by norm, and the
   losses of three steps of descent likewise. Where a model amplifies rounding, float64 decides: our
-  mean error is at most 1.1 of eager's in the median of 4 batches ("amplified" below). Where rounding turned a
-  choice of experts or tokens over, two of three other batches must be within the bound ("choice").
+  mean error is at most 1.1 of eager's in the median of 4 batches ("amplified" below). Where rounding
+  turned a choice of experts or tokens over, two of three other batches must be within the bound
+  ("choice").
 - bf16: the mean relative error of the loss and the gradients against float64 over 4 batches (16
   where those are not clear) is at most 1.02 of eager's, over those gradients of which eager has one
   digit right. Every expert is chosen there, since rounding turns choices over.
 - Each mode runs without and with gradient checkpointing. Adapters have dropout 0.05 in fp32.
 - Sites are counted by watching eager from outside (bench/zoo_census.py): norms, rotated tensors,
-  modules with a gated unit, library losses.
+  modules with a gated unit, library losses. A type is whole if all its norms, rotations and gated
+  units are rewritten.
 """
 
 

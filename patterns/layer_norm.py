@@ -106,10 +106,10 @@ def _library_variance(
         return None
     for centred in wide.users:
         mean = centred.args[1] if ir.is_call(centred, aten.sub.Tensor) else None
-        if ir.is_call(mean, aten.mean.dim) and mean.args[0] is wide is centred.args[0]:
-            if ir.last_dim_only(wide, ir.argument(mean, 1)):
-                inside |= {*passed, variance, centred, mean}
-                return strip_widening(wide, inside), centred, eps
+        averages = ir.is_call(mean, aten.mean.dim) and mean.args[0] is wide is centred.args[0]
+        if averages and ir.last_dim_only(wide, ir.argument(mean, 1)):
+            inside |= {*passed, variance, centred, mean}
+            return strip_widening(wide, inside), centred, eps
     return None
 
 
