@@ -105,7 +105,7 @@ def _library_variance(
     if not ir.last_dim_only(wide, ir.argument(variance, 1)) or not isinstance(ir.last(wide), int):
         return None
     for centred in wide.users:
-        mean = centred.args[1] if ir.is_call(centred, aten.sub.Tensor) else None
+        mean: Any = centred.args[1] if ir.is_call(centred, aten.sub.Tensor) else None
         averages = ir.is_call(mean, aten.mean.dim) and mean.args[0] is wide is centred.args[0]
         if averages and ir.last_dim_only(wide, ir.argument(mean, 1)):
             inside |= {*passed, variance, centred, mean}
