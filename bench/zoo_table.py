@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from zoo_run import MODES
 ROOT = Path(__file__).resolve().parent.parent
 SITES = ("norm", "rope", "glu")
 Row = dict[str, Any]
+_INSTALLED = re.compile(r"[^\s\"]*/site-packages/")
 
 
 def write(rows: dict[tuple[str, str], Row]) -> None:
     """Write both files from the newest line of each (type, mode), and print the totals."""
-    types = _by_type(rows)
+    types = json.loads(_INSTALLED.sub("", json.dumps(_by_type(rows))))
     totals = summary(types)
     results = {"environment": _environment(rows), "totals": totals, "types": types}
     path = ROOT / "bench" / "results" / "zoo.json"
