@@ -152,8 +152,8 @@ from the same state on the same batch, on a CPU with plain FX lowering.
 
 - fp32: the first step's loss and every gradient within 1e-5 of eager's, relative by norm, and the
   losses of three steps of descent likewise. Where a model amplifies rounding, float64 decides: our
-  mean error is at most 1.1 of eager's in the median of 4 batches ("amplified" below). Where rounding
-  turned a choice of experts or tokens over, two of three other batches must be within the bound
+  mean error is at most 1.1 of eager's in the median of 4 batches, or of 16 ("amplified" below). Where
+  rounding turned a choice of experts or tokens over, two of three other batches must be within the bound
   ("choice").
 - bf16: the mean relative error of the loss and the gradients against float64 over 4 batches (16
   where those are not clear) is at most 1.02 of eager's, over those gradients of which eager has one
