@@ -171,7 +171,8 @@ def markdown(results: Row) -> str:
     commits = ", ".join(f"{n} lines at {c}" for c, n in where["lines_by_commit"].items())
     measured = (
         f"torch {where['torch']}, transformers {where['transformers']}, peft {where['peft']}; "
-        f"state of the code: {commits}."
+        f"state of the code: {commits}. A line stands until its type is run again; a mode that lacks "
+        "types was not run for them."
     )
     lines = [_HEAD, measured, "", *_totals_lines(results["totals"]), ""]
     lines += _broken_section(types) + _missed_section(types) + _uncovered_section(types)
