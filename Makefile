@@ -2,6 +2,8 @@
 # make test    the whole CPU suite          (make test ARGS="-k parity")
 # make lint    ruff, mypy, import-linter
 # make bench   the parity table of docs/parity.md, and the training step on this CPU
+# make zoo     train every language model type of transformers, against eager: docs/zoo.md
+#              (resumes what an earlier run left; make zoo ARGS="llama gemma" for a few again)
 # make clean   remove what the others made
 #
 # Needs Python 3.10 or newer and a C++ compiler; everything else is installed into .venv.
@@ -17,7 +19,7 @@ export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_VERBOSITY := error
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench zoo clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -37,6 +39,9 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python bench/parity_table.py $(ARGS)
 	$(BIN)/python bench/bench_cpu_step.py $(STEP_ARGS)
+
+zoo: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python bench/zoo.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) artifacts build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -99,9 +99,11 @@ def _region_forward(cls: type[nn.Module], backend: Backend, session: Session) ->
 def _spine_forward(cls: type[nn.Module], backend: Backend, session: Session) -> Any:
     inner = modules.inner_forward(cls)
     has_cache = "use_cache" in inspect.signature(inner).parameters
+    named = _by_name(inner)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if has_cache and self.training and torch.is_grad_enabled():
+            args, kwargs = named(args, kwargs)
             if _cache_forced(kwargs):
                 session.note(
                     "a KV cache was forced on in training (use_cache=True or past_key_values): "
@@ -119,6 +121,22 @@ def _spine_forward(cls: type[nn.Module], backend: Backend, session: Session) -> 
     return torch._dynamo.disable(forward)
 
 
+def _by_name(forward: Callable[..., Any]) -> Callable[[Any, Any], tuple[Any, dict[str, Any]]]:
+    """A function that turns positional arguments of ``forward`` into keywords, where it has names."""
+    names = [
+        p.name
+        for p in list(inspect.signature(forward).parameters.values())[1:]
+        if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ]
+
+    def named(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if len(args) > len(names):
+            return args, kwargs
+        return (), dict(zip(names, args, strict=False)) | kwargs
+
+    return named
+
+
 def _cache_forced(kwargs: dict[str, Any]) -> bool:
     return bool(kwargs.get("use_cache")) or kwargs.get("past_key_values") is not None
 
@@ -127,9 +145,12 @@ def _head_forward(cls: type[nn.Module], backend: Backend, session: Session) -> A
     inner = modules.inner_forward(cls)
     compiled = compiled_forward(inner, backend)
     has_cache = "use_cache" in inspect.signature(inner).parameters
+    named = _by_name(inner)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         training = wants_compiled(self, session)
+        if training:
+            args, kwargs = named(args, kwargs)
         if training and has_cache and not _cache_forced(kwargs):
             kwargs["use_cache"] = False
         if training and kwargs.get("labels") is not None:

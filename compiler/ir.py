@@ -27,6 +27,8 @@ CASTS = frozenset(
     }
 )
 IDENTITIES = frozenset({aten.alias.default, aten.contiguous.default, aten.clone.default})
+# ``tensor.data``: the same storage without autograd and without its version counter.
+DATA: Any = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
 VIEWS = frozenset(
     {
         aten.view.default,

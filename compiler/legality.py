@@ -87,6 +87,9 @@ def storage_root(node: fx.Node) -> fx.Node:
                 node = node.args[0].args[0]  # type: ignore[union-attr, assignment]
                 continue
             return node
+        if ir.is_call(node, ir.DATA):
+            node = node.args[0]  # type: ignore[assignment]
+            continue
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.returns or schema.returns[0].alias_info is None:
             return node

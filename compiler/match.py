@@ -94,7 +94,10 @@ def _site(
                 proof = prove(candidate)
                 before = legality.check(candidate, graph, deferrable)
             except Disproved as refusal:
-                step, reason = "proof", str(refusal)
+                # Of several claims the one that came furthest says why.
+                said = str(refusal)
+                if step != "legality" and ("casting" in said or "casting" not in reason):
+                    step, reason = "proof", said
                 continue
             except legality.Illegal as refusal:
                 step, reason = "legality", str(refusal)

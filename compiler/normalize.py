@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import detect_fake_mode
 from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
@@ -19,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor_tree,
 )
 from torch.fx.traceback import preserve_node_meta
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fusewright.compiler import ir
 from fusewright.compiler.legality import mutations, storage_root
@@ -53,9 +55,10 @@ class _Retrace(fx.Interpreter):
             return self.entered[-1].__enter__()
         if target is _EXIT_AUTOCAST:
             return self.entered.pop().__exit__(None, None, None)
-        whole = isinstance(target, HigherOrderOperator) or type(target).__name__ == (
-            "AutogradFunctionApply"
-        )
+        if target in (torch.tensor, torch.as_tensor) and not _reads_tensors(args, kwargs):
+            return _emit_constant(target, args, kwargs)
+        whole = isinstance(target, HigherOrderOperator) or target is ir.DATA
+        whole = whole or type(target).__name__ == "AutogradFunctionApply"
         return (
             _emit_whole(target, args, kwargs)
             if whole
@@ -63,11 +66,41 @@ class _Retrace(fx.Interpreter):
         )
 
 
-def _emit_whole(target: Any, args: Any, kwargs: Any) -> Any:
+def _reads_tensors(args: Any, kwargs: Any) -> bool:
+    return any(
+        isinstance(leaf, (torch.Tensor, torch.SymInt)) for leaf in tree_leaves((args, kwargs))
+    )
+
+
+def _emit_constant(target: Any, args: Any, kwargs: Any) -> Any:
+    """A tensor made of numbers: its value is an attribute, and the graph makes a copy of its own.
+
+    Traced under the fake mode it would have no value.
+    """
+    tracer: Any = _tracer(target)
+    fake_mode: Any = detect_fake_mode()
+    with disable_proxy_modes_tracing(), unset_fake_temporarily():
+        made = target(*args, **kwargs).detach()
+    name = f"constant_{sum(n.op == 'get_attr' for n in tracer.graph.nodes)}"
+    tracer.root.register_buffer(name, made)
+    proxy = tracer.create_proxy("get_attr", name, (), {})
+    copied = tracer.create_proxy("call_function", aten.clone.default, (proxy,), {})
+    with disable_proxy_modes_tracing():
+        fake = fake_mode.from_tensor(made, static_shapes=True)
+    proxy.node.meta["val"] = fake
+    return track_tensor_tree(fake, copied, constant=None, tracer=tracer)
+
+
+def _tracer(target: Any) -> Any:
     mode = get_proxy_mode()
     if mode is None:
         raise NotNormalizable(f"{target} outside of tracing")
     tracer: Any = mode.tracer
+    return tracer
+
+
+def _emit_whole(target: Any, args: Any, kwargs: Any) -> Any:
+    tracer = _tracer(target)
     with disable_proxy_modes_tracing():
         out = target(*args, **kwargs)
 
@@ -101,6 +134,9 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
     mode = next((e.fake_mode for e in examples if hasattr(e, "fake_mode")), None)
     if mode is None:
         raise NotNormalizable("the region reads no tensor")
+    if any("vmap" in getattr(n.target, "__name__", "") for n in gm.graph.nodes):
+        # Traced, it would leave batched tensors behind: in the graph, and in the code's own caches.
+        raise NotNormalizable("the region maps a function over a dimension (vmap)")
     # Dynamo's own tracing context must stay as it is: its guards are built from it afterwards.
     retrace = _Retrace(gm)
     try:
@@ -109,6 +145,7 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
     finally:
         for left in reversed(retrace.entered):
             left.__exit__(None, None, None)
+    _settle_constants(canonical)
     canonical.meta["autocast"] = retrace.autocast_device
     for node in reversed(canonical.graph.nodes):
         if node.target in (_ENTER_AUTOCAST, _EXIT_AUTOCAST):
@@ -118,15 +155,28 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
         node.meta["requires_grad"] = bool(getattr(example, "requires_grad", False))
         node.meta["parameter"] = isinstance(example, torch.nn.Parameter)
     simplify(canonical.graph)
-    canonical.graph.eliminate_dead_code(is_impure_node=_impure)
+    drop_dead(canonical.graph)
     canonical.recompile()
     return canonical
 
 
+def _settle_constants(canonical: fx.GraphModule) -> None:
+    """Tensors that the code makes of numbers were traced as fake ones: put their values back."""
+    for node in canonical.graph.find_nodes(op="get_attr"):
+        made = getattr(canonical, node.target, None)
+        if isinstance(made, FakeTensor):
+            if made.constant is None:
+                raise NotNormalizable(
+                    "it reads a tensor that is neither an input nor computed from one"
+                )
+            setattr(canonical, node.target, made.constant)
+
+
 def simplify(graph: fx.Graph) -> None:
-    """Drop what changes nothing, and make equal casts of one value one cast."""
+    """Drop what changes nothing, and make equal casts and equal views of one value one node."""
     _drop_identities(graph)
     written = {root for _, root in mutations(graph)}
+    _merge_views(graph, written)
     made: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
     for node in list(ir.calls(graph)):
         if not ir.is_cast(node) or not _plain_cast(node):
@@ -144,14 +194,37 @@ def simplify(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def _merge_views(graph: fx.Graph, written: set[fx.Node]) -> None:
+    """One node for each view that the code takes several times of a value that is not written."""
+    made: dict[Any, fx.Node] = {}
+    for node in list(ir.calls(graph)):
+        views = ir.is_call(node, *ir.VIEWS, aten.slice.Tensor, aten.select.int)
+        if not views or node.target is aten.reshape.default or node.kwargs:
+            continue
+        if storage_root(node) in written:
+            continue
+        key = (node.target, *(tuple(a) if isinstance(a, list) else a for a in node.args))
+        known = made.setdefault(key, node)
+        if known is not node:
+            node.replace_all_uses_with(known)
+            graph.erase_node(node)
+
+
 def _plain_cast(node: fx.Node) -> bool:
     return node.target is aten.to.dtype and len(node.args) == 2 and not node.kwargs
 
 
-def _impure(node: fx.Node) -> bool:
-    if node.op in ("placeholder", "output"):
-        return True
-    return node.is_impure() if node.op == "call_function" else False
+def drop_dead(graph: fx.Graph) -> None:
+    """Remove calls whose results nobody uses and that change nothing.
+
+    fx's own elimination goes on into the bodies of higher-order operators, which are not canonical:
+    an in-place method there counts as pure and would be lost. A random draw stays, since it moves
+    the generator.
+    """
+    for node in reversed(graph.nodes):
+        pure = node.op == "get_attr" or (node.op == "call_function" and not node.is_impure())
+        if pure and not node.users:
+            graph.erase_node(node)
 
 
 def _drop_identities(graph: fx.Graph) -> None:

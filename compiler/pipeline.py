@@ -20,7 +20,7 @@ from torch import fx
 
 from fusewright.compiler import autocast, dump, ir, lazy, lower, rewrite, storage
 from fusewright.compiler.match import Match, find
-from fusewright.compiler.normalize import NotNormalizable, normalize, simplify
+from fusewright.compiler.normalize import NotNormalizable, drop_dead, normalize, simplify
 from fusewright.compiler.records import GraphBreak, GraphRecord, Verdict
 from fusewright.compiler.session import Session
 from fusewright.compiler.storage import NeedsStorage
@@ -192,7 +192,7 @@ def match_and_rewrite(
             joined = frozenset(n.name for n in graph.nodes) - before
             if joined and record.made:  # what joins a pattern's ops counts with the last of them
                 record.made[-1] |= joined
-    graph.eliminate_dead_code()
+    drop_dead(graph)
     graph.lint()
     gm.recompile()
     return deferred
@@ -206,7 +206,7 @@ def settle(gm: fx.GraphModule, session: Session) -> list[storage.Storage]:
         if hasattr(pattern, "settle")
         for wish in pattern.settle(gm.graph)
     ]
-    gm.graph.eliminate_dead_code()
+    drop_dead(gm.graph)
     gm.graph.lint()
     gm.recompile()
     return wanted

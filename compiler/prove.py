@@ -86,11 +86,13 @@ def prove(candidate: Candidate) -> Proof:
     """Accept the candidate, or raise Disproved with the reason."""
     failures = (RuntimeError, TypeError, ValueError, IndexError, KeyError)
     hints = _hints(candidate)
-    try:
-        return _prove_at(candidate, _small(hints))
-    except Disproved:
-        raise
-    except failures:
+    with torch.enable_grad():  # the region may be compiled where gradients are off
+        try:
+            return _prove_at(candidate, _small(hints))
+        except Disproved:
+            raise
+        except failures:
+            pass
         # A region may rely on a relation between sizes that small ones break: use the traced ones.
         try:
             return _prove_at(candidate, hints)

@@ -2,7 +2,7 @@
 
 Blocks are the repeated layers. Around them lie the modules on the way from the loss to the blocks
 (kept opaque while the head is captured), their other children (the final norm, say), and the head:
-the innermost module that takes ``labels``.
+the innermost module that takes ``labels`` and makes a loss of them.
 """
 
 from __future__ import annotations
@@ -58,14 +58,9 @@ def find(model: nn.Module) -> Regions:
             "ModuleList of two or more layers of one type"
         )
     above = _ancestors(blocks, modules)
-    head = next(
-        (
-            (path, modules[path])
-            for path in sorted(above, key=len, reverse=True)
-            if _takes_labels(modules[path])
-        ),
-        None,
-    )
+    takers = [p for p in sorted(above, key=len, reverse=True) if _takes_labels(modules[p])]
+    takers = [p for p in takers if _speaks_of_a_loss(modules[p])] or takers
+    head = (takers[0], modules[takers[0]]) if takers else None
     spine = [
         (path, modules[path])
         for path in sorted(above, key=len)
@@ -120,13 +115,27 @@ def _takes_labels(module: nn.Module) -> bool:
     return "labels" in inspect.signature(type(module).forward).parameters
 
 
+def _speaks_of_a_loss(module: nn.Module) -> bool:
+    """Whether the forward's own code has a name with "loss" in it; a base may just take labels."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return any("loss" in name for name in (*code.co_names, *code.co_varnames)) if code else True
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """An embedding, say; not one that holds a norm of its own."""
+    return isinstance(module, _PLAIN) and not any(True for _ in module.children())
+
+
 def _children(
     path: str, module: nn.Module, above: set[str], blocks: dict[str, nn.Module]
 ) -> list[tuple[str, nn.Module]]:
+    """Children that are neither blocks, nor above them, nor plain layers; of lists, the entries."""
     out = []
     for name, child in module.named_children():
         full = f"{path}.{name}" if path else name
         holds_block = any(b == full or _inside(b, full) for b in blocks)
-        if full not in above and not holds_block and not isinstance(child, _PLAIN):
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and full not in blocks:
+            out += _children(full, child, above, blocks)
+        elif full not in above and not holds_block and not _is_plain(child):
             out.append((full, child))
     return out

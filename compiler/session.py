@@ -79,7 +79,8 @@ def mark_rows(values: Any) -> None:
         elif type(value) is torch.Tensor and "_dynamo_weak_dynamic_indices" not in value.__dict__:
             rank = value.dim()
             square = rank == 4 and value.shape[2] == value.shape[3]
-            rows = rank - 1 if value.is_floating_point() and not square else rank
+            features = (value.is_floating_point() or value.is_complex()) and not square
+            rows = rank - 1 if features else rank
             torch._dynamo.maybe_mark_dynamic(value, list(range(rows)))
 
 
@@ -90,7 +91,7 @@ class Session:
         self.options = options
         self.records: list[GraphRecord] = []
         self.paths: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-        self.current: dict[str, GraphRecord] = {}
+        self.current: dict[str, list[GraphRecord]] = {}
         self.uncaptured: dict[str, str] = {}
         self.notes: list[str] = []
         self.bypass = False
@@ -100,7 +101,7 @@ class Session:
         self.stored = Stored(self.note)
         self._running = ""
         self._module: nn.Module | None = None
-        self._ran: GraphRecord | None = None
+        self._ran: list[GraphRecord] = []
         self._pending: list[GraphRecord] = []
 
     def note(self, text: str) -> None:
@@ -110,41 +111,49 @@ class Session:
 
     def ran(self, record: GraphRecord) -> None:
         """Called by a region's callable each time it runs."""
-        self._ran = record
-        if self.current.get(self._running) is not record:
-            previous = self.current.get(self._running)
-            if previous is not None:
-                previous.modules.discard(self._running)
-            record.modules.add(self._running)
-            self.current[self._running] = record
+        if record not in self._ran:
+            self._ran.append(record)
 
     def call(
         self, kind: str, module: nn.Module, compiled: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        """Run a compiled region for ``module`` under our Dynamo settings and note which graph ran."""
-        outer, self._running, self._ran = self._running, self.paths.get(module, "?"), None
+        """Run a compiled region for ``module`` under our Dynamo settings and note which graphs ran."""
+        outer = self._running, self._ran
+        ran: list[GraphRecord] = []
+        path = self.paths.get(module, "?")
+        self._running, self._ran = path, ran
         outside, self._module = self._module, module
         mark_rows(args)
         mark_rows(kwargs.values())
         self.stored.check(module, self._running)
         revert = self.settings[kind]()
         try:
-            return self._run(compiled, module, args, kwargs)
+            out = self._run(compiled, module, args, kwargs)
+            # Not where it ends early, as the recompute of a checkpoint does.
+            self._settle(path, module, ran)
+            return out
         finally:
             revert()
+            self._running, self._ran = outer
             self._module = outside
-            if self._ran is None:
-                self.current.pop(self._running, None)
-                self.uncaptured.setdefault(
-                    self._running,
-                    "Dynamo ran it uncompiled (recompile limit, a skipped frame or no graph)",
-                )
-            else:
-                self.uncaptured.pop(self._running, None)
-                if self._ran.kind == "leaf" and not self._ran.matches:
-                    # Nothing to gain here: the original forward saves Dynamo's guards.
-                    uninstall(module)
-            self._running = outer
+
+    def _settle(self, path: str, module: nn.Module, ran: list[GraphRecord]) -> None:
+        """Note that these graphs, several where the region breaks, are what ``module`` runs now."""
+        for record in self.current.pop(path, []):
+            if record not in ran:
+                record.modules.discard(path)
+        if not ran:
+            self.uncaptured.setdefault(
+                path, "Dynamo ran it uncompiled (recompile limit, a skipped frame or no graph)"
+            )
+            return
+        for record in ran:
+            record.modules.add(path)
+        self.current[path] = ran
+        self.uncaptured.pop(path, None)
+        if all(r.kind == "leaf" and not r.matches for r in ran):
+            # Nothing to gain here: the original forward saves Dynamo's guards.
+            uninstall(module)
 
     def _run(self, compiled: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         """The compiled call, once more where compiling it asked for another storage first."""

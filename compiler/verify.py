@@ -22,6 +22,7 @@ aten = torch.ops.aten
 _LARGEST = 48
 _BUDGET = 2**28
 _MEAN_FACTOR, _TENSOR_FACTOR = 1.1, 2.0
+_ONE_DIGIT = 0.1
 
 
 class NotVerifiable(Exception):
@@ -194,14 +195,19 @@ def _judge(
         pairs.append((float((o - x).norm()) / scale, float((e - x).norm()) / scale))
     if not pairs:
         return Verdict(reason="it has no floating outputs or gradients to compare")
-    mean_ours = sum(o for o, _ in pairs) / len(pairs)
-    mean_eager = sum(e for _, e in pairs) / len(pairs)
+    # A gradient that is zero in exact arithmetic (of a bias on attention's keys, say), or all but
+    # cancelled, is nothing but rounding: eager has no digit of it right, and a mean over it would
+    # say nothing of the others.
+    meant = [(o, e) for o, e in pairs if e < _ONE_DIGIT] or pairs
+    mean_ours = sum(o for o, _ in meant) / len(meant)
+    mean_eager = sum(e for _, e in meant) / len(meant)
     verdict = Verdict("accepted", "", mean_ours, mean_eager)
     worst = max(pairs, key=lambda p: p[0] - _TENSOR_FACTOR * p[1])
-    # In float32 both errors are sums of a few last bits, and their ratio says little; in bf16 the
-    # mean over a region's tensors is steady.
+    # In float32 both errors are sums of a few last bits, which the region itself may amplify, and
+    # their ratio says little; in bf16 the mean over a region's tensors is steady.
     mean_slack, tensor_slack = (eps / 32, eps / 4) if eps > 1e-4 else (8 * eps, 32 * eps)
-    if not mean_ours <= _MEAN_FACTOR * mean_eager + mean_slack:
+    mean_factor = _MEAN_FACTOR if eps > 1e-4 else _TENSOR_FACTOR
+    if not mean_ours <= mean_factor * mean_eager + mean_slack:
         verdict.status = "reverted"
         verdict.reason = f"mean error {mean_ours:.2e} against eager's {mean_eager:.2e}"
     elif not worst[0] <= _TENSOR_FACTOR * worst[1] + tensor_slack:

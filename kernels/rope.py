@@ -7,7 +7,8 @@ they are views of a (B, T, H, D) buffer), as do the gradients; without k, k_out 
 Features from ``rotary_dim`` on pass through. Saved: cos and sin, no activation.
 
 The features form pairs (x1, x2): (x_i, x_{i + W/2}) in the layout "half" and (x_2i, x_2i+1) in
-the layout "interleaved". cos and sin of the two features of a pair are c1, s1 and c2, s2:
+the layout "interleaved". In the layout "interleaved_to_half" x is interleaved and y, like cos and
+sin, halved. cos and sin of the two features of a pair are c1, s1 and c2, s2:
 
     y1 = x1 c1 - x2 s1          y2 = x2 c2 + x1 s2
 
@@ -35,7 +36,7 @@ from fusewright.kernels.reduce import absent, compute_dtype
 from fusewright.kernels.rows import check_rows, empty_ordered, leading_order
 from fusewright.kernels.spec import OpSpec
 
-LAYOUTS = ("half", "interleaved")
+LAYOUTS = ("half", "interleaved", "interleaved_to_half")
 _Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -58,8 +59,13 @@ def unrotate(dy1: Any, dy2: Any, a: Angles) -> tuple[Any, Any]:
     return dy1 * a.c1 + dy2 * a.s2, dy2 * a.c2 - dy1 * a.s1
 
 
+def ends(layout: str) -> tuple[str, str]:
+    """The layouts of x and of y."""
+    return ("interleaved", "half") if layout == "interleaved_to_half" else (layout, layout)
+
+
 def split(x: torch.Tensor, layout: str) -> _Pair:
-    """Views of the first and the second features of the pairs of ``x``."""
+    """Views of the first and the second features of the pairs of ``x``, which is one end's."""
     half = x.shape[-1] // 2
     if layout == "half":
         return x[..., :half], x[..., half:]
@@ -72,7 +78,7 @@ def _angles(
     cos, sin = cos.to(dtype), sin.to(dtype)
     if cos.shape[-1] * 2 == rotary_dim:
         return Angles(cos, sin, cos, sin)
-    (c1, c2), (s1, s2) = split(cos, layout), split(sin, layout)
+    (c1, c2), (s1, s2) = (split(table, ends(layout)[1]) for table in (cos, sin))
     return Angles(c1, s1, c2, s2)
 
 
@@ -126,9 +132,10 @@ def _turn(
 ) -> torch.Tensor:
     """Fill ``out`` with ``x`` rotated, or rotated by the transpose."""
     dtype = angles.c1.dtype
-    pieces = split(x[..., :rotary_dim].to(dtype), layout)
+    given, made = ends(layout)[::-1] if back else ends(layout)
+    pieces = split(x[..., :rotary_dim].to(dtype), given)
     turned = (unrotate if back else rotate)(*pieces, angles)
-    for target, value in zip(split(out[..., :rotary_dim], layout), turned, strict=True):
+    for target, value in zip(split(out[..., :rotary_dim], made), turned, strict=True):
         target.copy_(value)
     out[..., rotary_dim:].copy_(x[..., rotary_dim:])
     return out

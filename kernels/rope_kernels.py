@@ -1,8 +1,9 @@
 """The Triton kernel of rotary embeddings and its launch; the mathematics is in ``rope``.
 
 A program takes one token: it loads the token's cos and sin once and turns all heads of q and of k,
-HEADS of them at a time, forth (``rotate``) or back (``unrotate``). In the layout "half" a tile is two
-loads of half a head's width; in the layout "interleaved" it is one load, split in registers. Every
+HEADS of them at a time, forth (``rotate``) or back (``unrotate``). Of halves a tile is two loads of
+half a head's width; of interleaved features it is one load, split in registers, and likewise the
+stores: x and y may differ in it. Every
 tensor has its own strides of batch, head and token; only features must be contiguous.
 """
 
@@ -92,11 +93,11 @@ def rope_kernel(
     q_batch, q_head, q_token, k_batch, k_head, k_token,
     q_out_batch, q_out_head, q_out_token, k_out_batch, k_out_head, k_out_token,
     cos_batch, cos_token, sin_batch, sin_token,
-    BACK: tl.constexpr, INTERLEAVED: tl.constexpr, FULL: tl.constexpr,
+    BACK: tl.constexpr, INTERLEAVED: tl.constexpr, TO_PAIRS: tl.constexpr, FULL: tl.constexpr,
     ROTARY: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PASS: tl.constexpr,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """q and k turned; either may be absent."""
+    """q and k turned; either may be absent. INTERLEAVED: what is read; TO_PAIRS: what is written."""
     HALF: tl.constexpr = ROTARY // 2
     batch = (tl.program_id(0) // tokens).to(tl.int64)
     token = (tl.program_id(0) % tokens).to(tl.int64)
@@ -104,8 +105,9 @@ def rope_kernel(
     there = pairs < HALF
     cos_ptr += batch * cos_batch + token * cos_token
     sin_ptr += batch * sin_batch + token * sin_token
-    c1, c2 = _angles(cos_ptr, pairs, there, HALF, FULL, INTERLEAVED)
-    s1, s2 = _angles(sin_ptr, pairs, there, HALF, FULL, INTERLEAVED)
+    # The tables are laid out as y is, which the backward reads and the forward writes.
+    c1, c2 = _angles(cos_ptr, pairs, there, HALF, FULL, INTERLEAVED if BACK else TO_PAIRS)
+    s1, s2 = _angles(sin_ptr, pairs, there, HALF, FULL, INTERLEAVED if BACK else TO_PAIRS)
     for step in tl.static_range(STEPS):
         # Both are loaded before either is stored: more bytes are in flight.
         if q_ptr is not None:
@@ -124,12 +126,12 @@ def rope_kernel(
             k1, k2 = _load_pairs(k_from, pairs, k_there, HALF, BLOCK, INTERLEAVED)
         if q_ptr is not None:
             y1, y2 = _turn(q1, q2, c1, s1, c2, s2, BACK)
-            _store_pairs(q_to, y1, y2, pairs, q_there, HALF, BLOCK, INTERLEAVED)
+            _store_pairs(q_to, y1, y2, pairs, q_there, HALF, BLOCK, TO_PAIRS)
             if ROTARY < WIDTH:
                 _pass(q_from, q_to, q_there, ROTARY, WIDTH, PASS)
         if k_ptr is not None:
             y1, y2 = _turn(k1, k2, c1, s1, c2, s2, BACK)
-            _store_pairs(k_to, y1, y2, pairs, k_there, HALF, BLOCK, INTERLEAVED)
+            _store_pairs(k_to, y1, y2, pairs, k_there, HALF, BLOCK, TO_PAIRS)
             if ROTARY < WIDTH:
                 _pass(k_from, k_to, k_there, ROTARY, WIDTH, PASS)
 
@@ -200,6 +202,8 @@ def turn(
     heads = [0 if t is None else t.shape[1] for t in (q, k)]
     width, half = shaped.shape[3], rotary_dim // 2
     cut = tile(*heads, width, device.limits(shaped.device))
+    ends = (layout.startswith("interleaved"), layout == "interleaved")
+    given, made = ends[::-1] if back else ends
     cos, *cos_strides = _table(cos)
     sin, *sin_strides = _table(sin)
     with on_device_of(shaped):
@@ -208,7 +212,7 @@ def turn(
             (q, k, q_out, k_out, cos, sin),
             (shaped.shape[2], *heads, *_strides(q), *_strides(k), *_strides(q_out),
              *_strides(k_out), *cos_strides, *sin_strides),
-            (back, layout == "interleaved", cos.shape[-1] == rotary_dim, rotary_dim, width,
+            (back, given, made, cos.shape[-1] == rotary_dim, rotary_dim, width,
              _power_of_two(half), _power_of_two(width - rotary_dim), *cut[:3]),
             cut.warps,
         )  # fmt: skip

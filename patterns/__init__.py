@@ -11,6 +11,7 @@ from fusewright.patterns.layer_norm import LayerNorm
 from fusewright.patterns.lora import LoRA
 from fusewright.patterns.rms_norm import RMSNorm
 from fusewright.patterns.rope import RoPE
+from fusewright.patterns.rope_complex import ComplexRoPE
 
 DEFAULT: tuple[Pattern, ...] = (
     LinearCrossEntropy(),
@@ -19,6 +20,7 @@ DEFAULT: tuple[Pattern, ...] = (
     RMSNorm(),
     AddRMSNorm(),
     RoPE(),
+    ComplexRoPE(),
     LoRA(),
     GLU(),
     Activation(),

@@ -3,9 +3,10 @@
     z = scale x W^T + b          z' = softcap tanh(z / softcap)
     loss = sum over rows of [lse(z') - z'_label] / denominator, with label smoothing
 
-Anchor: the library's cross-entropy. Upwards lie casts, views, a logit scale and a softcap, and the
-projection; downwards a division by the number of items. With the projection the logits are never
-whole: see kernels/linear_cross_entropy.py. Class weights are not offered by the kernels.
+Anchor: the library's cross-entropy. Upwards lie casts, views, a logit scale and a softcap, a slice
+of the tokens (a shift by hand), and the projection; downwards a division by the number of items.
+With the projection the logits are never whole: see kernels/linear_cross_entropy.py. Class weights
+are not offered by the kernels.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class _Loss:
     smoothing: float
     scale: float = 1.0
     softcap: float = 0.0
+    slices: tuple[tuple[Any, ...], ...] = ()
 
 
 def anchors(graph: fx.Graph) -> Iterator[fx.Node]:
@@ -124,9 +126,16 @@ def _climb(loss: _Loss) -> tuple[fx.Node | None, _Loss]:
     """The projection above the loss, and the loss with everything between the two read off."""
     node, passed = loss.logits, set(loss.nodes)
     factors, softcap = [], 0.0
-    while not ir.is_call(node, aten.linear.default):
+    slices: list[tuple[Any, ...]] = []
+    while _projection(node) is None:
         passed.add(node)
-        if ir.widens(node) or ir.is_call(node, *_RESHAPES, *ir.IDENTITIES):
+        reshapes = (
+            ir.is_call(node, *_RESHAPES) and not slices
+        )  # a slice is of the projection's shape
+        if ir.widens(node) or reshapes or ir.is_call(node, *ir.IDENTITIES):
+            node = node.args[0]  # type: ignore[assignment]
+        elif _cuts_tokens(node):
+            slices.insert(0, tuple(node.args[1:]))
             node = node.args[0]  # type: ignore[assignment]
         elif ir.is_call(node, aten.mul.Tensor, aten.div.Tensor) and _literal(node) is not None:
             value, node = _literal(node)  # type: ignore[misc]
@@ -140,7 +149,31 @@ def _climb(loss: _Loss) -> tuple[fx.Node | None, _Loss]:
     scale = softcap if softcap else 1.0
     for factor in factors:
         scale *= factor
-    return node, replace(loss, nodes=frozenset(passed), scale=scale, softcap=softcap)
+    loss = replace(loss, nodes=frozenset(passed), scale=scale, softcap=softcap)
+    return node, replace(loss, slices=tuple(slices))
+
+
+def _cuts_tokens(node: fx.Node) -> bool:
+    """A slice with literal bounds of any dimension but the classes."""
+    if not ir.is_call(node, aten.slice.Tensor) or any(
+        isinstance(a, fx.Node) for a in node.args[1:]
+    ):
+        return False
+    source: Any = node.args[0]
+    return ir.normal_dim(source, ir.argument(node, 1, 0)) != len(ir.shape(source)) - 1
+
+
+def _projection(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
+    """(x, weight, bias) of a linear layer, or of a product with a transposed weight."""
+    if ir.is_call(node, aten.linear.default):
+        x, weight, bias = (ir.argument(node, i) for i in range(3))
+        return x, weight, bias
+    if ir.is_call(node, aten.matmul.default):
+        x, turned = ir.operands(node)
+        if ir.is_call(turned, aten.t.default, aten.numpy_T.default, aten.transpose.int):
+            weight = turned.args[0]
+            return (x, weight, None) if len(ir.shape(weight)) == 2 else None
+    return None
 
 
 def _literal(node: fx.Node) -> tuple[float, fx.Node] | None:
@@ -195,15 +228,21 @@ def _as_recorded(graph: fx.Graph, made: fx.Node, out: fx.Node) -> fx.Node:
 
 
 def _fused(loss: _Loss, linear: fx.Node) -> Candidate:
-    x, weight, bias = (ir.argument(linear, i) for i in range(3))
+    x, weight, bias = _projection(linear)  # type: ignore[misc]
     inputs = {"logits": linear, "labels": loss.labels, "denominator": loss.denominator}
     classes = ir.shape(weight)[0]
 
     def formula(t: dict[str, Any], rounder: Rounder) -> list[torch.Tensor]:
-        return [_formula(loss, t["logits"].reshape(-1, t["logits"].shape[-1]), t)]
+        z = t["logits"]
+        for cut in loss.slices:
+            z = aten.slice.Tensor(z, *cut)
+        return [_formula(loss, z.reshape(-1, z.shape[-1]), t)]
 
     def emit(graph: fx.Graph, read: Mapping[str, Any]) -> list[fx.Node]:
-        rows = call(graph, aten.reshape.default, (read["x"], [-1, ir.last(read["x"])]), linear)
+        rows = read["x"]
+        for cut in loss.slices:
+            rows = call(graph, aten.slice.Tensor, (rows, *cut), linear)
+        rows = call(graph, aten.reshape.default, (rows, [-1, ir.last(rows)]), linear)
         args = (
             rows, read["weight"], read["bias"], read["labels"], read["denominator"],
             loss.ignore_index, loss.reduction, loss.smoothing, loss.softcap, loss.scale, 0.0,

@@ -1,7 +1,7 @@
 """Layer normalisation: y = (x - m) / sqrt(mean((x - m)^2) + eps) (offset + w) + b, m = mean(x).
 
 Anchor: torch's own layer_norm over the last dimension, or an inverse square root above a mean of
-squares of a centred row. Parameters, casting modes and the backward: see kernels/layer_norm.py.
+squares of a centred row, or above torch's variance. Parameters, casting modes and the backward: see kernels/layer_norm.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from fusewright.compiler import ir
 from fusewright.compiler.match import Refused
 from fusewright.compiler.prove import Candidate, Rounder
 from fusewright.compiler.rewrite import call, item
-from fusewright.patterns.rms_norm import climb, gain_of, inverse_root, strip_widening
+from fusewright.patterns.rms_norm import (
+    climb,
+    climb_literals,
+    gain_of,
+    inverse_root,
+    strip_widening,
+)
 
 aten = torch.ops.aten
 
@@ -63,6 +69,9 @@ def _library_call(node: fx.Node) -> Candidate:
 
 def _centred(anchor: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, fx.Node, float] | None:
     """(row, row less its mean, eps) if the root is taken of the row's variance."""
+    found = _library_variance(anchor, inside)
+    if found is not None:
+        return found
     try:
         reduction, eps = climb(anchor, inside)
     except Refused:
@@ -79,6 +88,29 @@ def _centred(anchor: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, fx.Node, f
         return None
     inside.update((square, centred, mean))
     return strip_widening(wide, inside), centred, eps
+
+
+def _library_variance(
+    anchor: fx.Node, inside: set[fx.Node]
+) -> tuple[fx.Node, fx.Node, float] | None:
+    """The same where the variance is torch's own; the centred row is another user of the row."""
+    passed: set[fx.Node] = set()
+    try:
+        variance, eps = climb_literals(anchor, passed)
+    except Refused:
+        return None
+    if not ir.is_call(variance, aten.var.dim) or ir.argument(variance, 2, True):
+        return None
+    wide = ir.argument(variance, 0)
+    if not ir.last_dim_only(wide, ir.argument(variance, 1)) or not isinstance(ir.last(wide), int):
+        return None
+    for centred in wide.users:
+        mean: Any = centred.args[1] if ir.is_call(centred, aten.sub.Tensor) else None
+        averages = ir.is_call(mean, aten.mean.dim) and mean.args[0] is wide is centred.args[0]
+        if averages and ir.last_dim_only(wide, ir.argument(mean, 1)):
+            inside |= {*passed, variance, centred, mean}
+            return strip_widening(wide, inside), centred, eps
+    return None
 
 
 _Result = tuple[fx.Node, frozenset[fx.Node], fx.Node | None, float, fx.Node | None]

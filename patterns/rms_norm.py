@@ -1,8 +1,9 @@
 """RMS normalisation: y = (offset + w) x / sqrt(mean(x^2) + eps) over the last dimension.
 
 Anchor: the inverse square root above a mean of squares. Parameters: eps and offset are literals of
-the graph; w is absent or one vector of the row's width. Casting modes: see kernels/rms_norm.py.
-The backward is derived there too.
+the graph; w is absent or one vector of the row's width. A root of the squares' sum is the same norm
+with eps / D and the weight D^(-1/2), as x / sqrt(sum(x^2) + eps) = D^(-1/2) x / sqrt(mean(x^2) +
+eps / D). Casting modes: see kernels/rms_norm.py. The backward is derived there too.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class _Site:
     x: fx.Node
     eps: float
     inside: set[fx.Node]
+    summed: bool = False
     results: list[tuple[fx.Node, frozenset[fx.Node], fx.Node | None, float]] = field(
         default_factory=list
     )
@@ -60,8 +62,10 @@ class RMSNorm:
             return
         site = _grow(anchor)
         for out, nodes, weight, offset in reversed(site.results):
+            if site.summed and weight is not None:
+                continue  # the op has one weight, and the sum takes it
             for cast in ("output", "input"):
-                yield _candidate(site.x, weight, out, nodes, site.eps, offset, cast)
+                yield _candidate(site.x, weight, out, nodes, site.eps, offset, cast, site.summed)
 
 
 def inverse_root(node: fx.Node) -> bool:
@@ -90,8 +94,10 @@ def _library_call(node: fx.Node) -> Iterator[Candidate]:
 def _grow(anchor: fx.Node) -> _Site:
     inside = {anchor}
     reduction, eps = climb(anchor, inside)
-    x = _row(reduction, inside)
-    site = _Site(x, eps, inside)
+    divided = any(ir.is_call(n, aten.div.Tensor, aten.mul.Tensor) for n in inside)
+    summed = ir.is_call(reduction, aten.sum.dim_IntList) and not divided
+    site = _Site(_row(reduction, inside), eps, inside, summed)
+    x = site.x
     if not isinstance(ir.last(x), int):
         raise Refused("the row's width is not static")
     _descend(anchor, site)
@@ -102,6 +108,20 @@ def _grow(anchor: fx.Node) -> _Site:
 
 def climb(anchor: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, float]:
     """From the root up to the reduction; the literals added on the way are eps."""
+    node, eps = climb_literals(anchor, inside)
+    node = _mean_as_sum(node, inside)
+    if not ir.is_call(node, aten.mean.dim, aten.sum.dim_IntList):
+        name = getattr(node, "target", node)
+        raise Refused(f"the root is not taken of a mean over the row but of {name}")
+    inside.add(node)
+    source = node.args[0]
+    if not ir.last_dim_only(source, node.args[1]):
+        raise Refused("the mean is not over the last dimension alone")
+    return node, eps
+
+
+def climb_literals(anchor: fx.Node, inside: set[fx.Node]) -> tuple[Any, float]:
+    """(what lies under the root but for casts and added literals, the literals' sum)."""
     node, eps = anchor.args[0], 0.0
     while ir.is_call(node, aten.add.Tensor, aten.add.Scalar) or ir.is_cast(node):
         inside.add(node)  # type: ignore[arg-type]
@@ -111,14 +131,6 @@ def climb(anchor: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, float]:
                 raise Refused("what is added under the root is not a literal")
             eps += float(added[0])  # type: ignore[arg-type]
         node = next(a for a in node.args[:2] if isinstance(a, fx.Node))  # type: ignore[union-attr]
-    node = _mean_as_sum(node, inside)
-    if not ir.is_call(node, aten.mean.dim, aten.sum.dim_IntList):
-        name = getattr(node, "target", node)
-        raise Refused(f"the root is not taken of a mean over the row but of {name}")
-    inside.add(node)
-    source = node.args[0]
-    if not ir.last_dim_only(source, node.args[1]):
-        raise Refused("the mean is not over the last dimension alone")
     return node, eps
 
 
@@ -174,7 +186,7 @@ def _descend(anchor: fx.Node, site: _Site) -> None:
             return
         if not _passes(step):
             operand = ir.other_operand(step, current)
-            if ir.strip_casts(operand) is site.x:
+            if _is_row(operand, site):
                 strip_widening(operand, site.inside)
             else:
                 gain = gain_of(operand, site.x, site.inside)
@@ -197,7 +209,11 @@ def _continues(user: fx.Node, current: fx.Node, site: _Site) -> bool:
         return False
     if user.target is aten.div.Tensor and user.args[1] is not current:
         return False
-    return ir.strip_casts(operand) is site.x or ir.last(operand) == ir.last(site.x)
+    return _is_row(operand, site) or ir.last(operand) == ir.last(site.x)
+
+
+def _is_row(operand: fx.Node, site: _Site) -> bool:
+    return ir.strip_casts(operand) is ir.strip_casts(site.x)
 
 
 def _passes(step: fx.Node) -> bool:
@@ -232,25 +248,33 @@ def _candidate(
     eps: float,
     offset: float,
     cast: str,
+    summed: bool = False,
 ) -> Candidate:
-    row_dtype, out_dtype = ir.dtype(x), ir.dtype(out)
+    row_dtype, out_dtype, width = ir.dtype(x), ir.dtype(out), ir.last(x)
 
     def formula(t: dict[str, Any], rounder: Rounder) -> list[torch.Tensor]:
-        y = t["x"] * torch.rsqrt(t["x"].square().mean(-1, keepdim=True) + eps)
+        squares = t["x"].square()
+        under = squares.sum(-1, keepdim=True) if summed else squares.mean(-1, keepdim=True)
+        y = t["x"] * torch.rsqrt(under + eps)
         y = rounder(y, row_dtype) if cast == "input" else y
         return [y if t["weight"] is None else y * (offset + t["weight"])]
 
     def emit(graph: fx.Graph, read: Mapping[str, Any]) -> list[fx.Node]:
         args = (read["x"], read["weight"], eps, offset, cast, out_dtype)
+        if summed:
+            # D^(-1/2) goes in as the offset, in full precision, of a weight of zeros.
+            zeros = call(graph, aten.new_zeros.default, (read["x"], [width]), out)
+            args = (read["x"], zeros, eps / width, width**-0.5, cast, out_dtype)
         return [item(graph, call(graph, torch.ops.fusewright.rms_norm.default, args, out), 0)]
 
+    params = {"eps": eps, "offset": offset, "weight": weight is not None, "dim": width}
     return Candidate(
         nodes=nodes,
         inputs={"x": x, "weight": weight},
         outputs=(out,),
         formula=formula,
         emit=emit,
-        params={"eps": eps, "offset": offset, "weight": weight is not None, "dim": ir.last(x)},
+        params=params | ({"sum": True} if summed else {}),
         cast=cast,
         scaled=("x",),
         kernel="rms_norm",

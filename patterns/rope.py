@@ -1,10 +1,12 @@
 """Rotary position embedding: y = x cos + R(x) sin on the first ``rotary_dim`` features.
 
-    half           R(x) = (-x2, x1)          x1, x2 the two halves of the rotated features
-    interleaved    R(x) = (-x_1, x_0, -x_3, x_2, ...)
+    half                   R(x) = (-x2, x1)    x1, x2 the two halves of the rotated features
+    interleaved            R(x) = (-x_1, x_0, -x_3, x_2, ...)
+    interleaved_to_half    half, of x sorted to (x_0, x_2, ..., x_1, x_3, ...)
 
 Anchor: the concatenation (or stack) of a negated piece of x with another piece of x, or of a
-difference and a sum of products of two pieces. Features beyond ``rotary_dim`` pass through. Queries and keys that share cos and sin are taken together.
+difference and a sum of products of two pieces. Features beyond ``rotary_dim`` pass through. Queries
+and keys that share cos and sin are taken together. A rotation the other way round is one by -sin.
 cos and sin are tables without a gradient. The backward is derived in kernels/rope.py.
 """
 
@@ -33,6 +35,8 @@ _LAYOUT = (
     aten.flatten.using_ints,
     aten.view.default,
     aten.reshape.default,
+    aten.view_as.default,
+    aten.reshape_as.default,
     aten.unsqueeze.default,
 )
 
@@ -55,24 +59,19 @@ class RoPE:
     name = "rope"
 
     def anchors(self, graph: fx.Graph) -> Iterator[fx.Node]:
-        """Rotations of one x along its features, and complex views of it."""
-        for node in ir.calls(graph):
-            if ir.is_call(node, aten.view_as_complex.default) or _rotation(node) is not None:
-                yield node
+        """Rotations of one x along its features."""
+        return (n for n in ir.calls(graph) if _rotation(n) is not None)
 
     def candidates(self, anchor: fx.Node) -> Iterator[Candidate]:
         """Claims about the tensor rotated at ``anchor``, together with its partner first."""
-        if ir.is_call(anchor, aten.view_as_complex.default):
-            raise Refused("rotates by complex multiplication, which the kernel does not offer")
         sites = _sites(anchor)
         if not sites:
             raise Refused("the rotated value is not combined as x cos + R(x) sin with two tables")
         for site in sites:
-            for partner in _partners(anchor, site):
-                for order in (0, 1):
-                    yield _candidate((site, partner), order)
-            for order in (0, 1):
-                yield _candidate((site,), order)
+            groups = [(site, partner) for partner in _partners(anchor, site)]
+            for group in (*groups, (site,)):
+                for order, back in ((0, False), (1, False), (0, True), (1, True)):
+                    yield _candidate(group, order, back)
 
 
 def _rotation(node: fx.Node) -> tuple[fx.Node, str] | None:
@@ -84,7 +83,8 @@ def _rotation(node: fx.Node) -> tuple[fx.Node, str] | None:
     dim = node.args[1] if len(node.args) > 1 else 0
     if not isinstance(pieces, (list, tuple)) or len(pieces) != 2 or dim % rank != rank - 1:  # type: ignore[operator]
         return None
-    if ir.is_call(pieces[0], aten.sub.Tensor) and ir.is_call(pieces[1], aten.add.Tensor):
+    combined = [getattr(p, "target", None) for p in pieces]
+    if combined in ([aten.sub.Tensor, aten.add.Tensor], [aten.add.Tensor, aten.sub.Tensor]):
         sources = [_product_sources(p) for p in pieces]
         common = sources[0] & sources[1]
         roots: list[Any] = [common.pop()] if len(common) == 1 else [None]
@@ -97,7 +97,22 @@ def _rotation(node: fx.Node) -> tuple[fx.Node, str] | None:
         ]
     if None in roots or any(r is not roots[0] for r in roots):
         return None
-    return roots[0], "half" if node.target is aten.cat.default else "interleaved"
+    if node.target is aten.stack.default:
+        return roots[0], "interleaved"
+    return roots[0], "interleaved_to_half" if _alternates(pieces[0]) else "half"
+
+
+def _alternates(piece: Any) -> bool:
+    """Whether what is concatenated is made of every other feature."""
+    stack = [piece]
+    while stack:
+        node = stack.pop()
+        cut = ir.as_slice(node)
+        if cut is not None and cut[4] == 2:
+            return True
+        if cut is None and (ir.is_call(node, *_ARITHMETIC) or ir.is_cast(node)):
+            stack += node.all_input_nodes
+    return False
 
 
 def _product_sources(combined: Any) -> set[fx.Node]:
@@ -256,39 +271,32 @@ def _partners(anchor: fx.Node, site: _Site) -> Iterator[_Site]:
                 yield other
 
 
-def _candidate(sites: tuple[_Site, ...], order: int) -> Candidate:
+def _candidate(sites: tuple[_Site, ...], order: int, back: bool) -> Candidate:
     first = sites[0]
     tables = first.tables[::-1] if order else first.tables
     cos, sin = tables
-    heads_second = _heads_second(first.x, cos)
+    in_order = heads_second(first.x, cos)
     inputs = {"q": first.x, "k": sites[1].x if len(sites) > 1 else None, "cos": cos, "sin": sin}
-    layout, rotary_dim, out_dtype = first.layout, first.rotary_dim, ir.dtype(first.out)
+    layout, rotary_dim = first.layout, first.rotary_dim
 
     def formula(t: dict[str, Any], rounder: Rounder) -> list[torch.Tensor]:
-        c, s = t["cos"].detach(), t["sin"].detach()
+        c, s = t["cos"].detach(), t["sin"].detach() * (-1 if back else 1)
         rotated = [x for x in (t["q"], t["k"]) if x is not None]
         return [_rotate(x, c, s, layout, rotary_dim) for x in rotated]
 
     def emit(graph: fx.Graph, read: Mapping[str, Any]) -> list[fx.Node]:
-        values = dict(read)
-        if not heads_second:
-            for role, node in values.items():
-                if node is not None:
-                    values[role] = call(graph, aten.transpose.int, (node, 1, 2))
-        args = (*values.values(), layout, rotary_dim, out_dtype)
-        made = call(graph, torch.ops.fusewright.rope.default, args, first.out)
-        results = [item(graph, made, i) for i in range(len(sites))]
-        if heads_second:
-            return results
-        return [call(graph, aten.transpose.int, (r, 1, 2)) for r in results]
+        if back:
+            read = {**read, "sin": call(graph, aten.neg.default, (read["sin"],), first.out)}
+        return emit_rotation(graph, read, in_order, layout, rotary_dim, first.out)
 
+    params = {"layout": layout, "rotary_dim": rotary_dim, "together": len(sites)}
     return Candidate(
         nodes=frozenset().union(*(s.nodes for s in sites)),
         inputs=inputs,
         outputs=tuple(s.out for s in sites),
         formula=formula,
         emit=emit,
-        params={"layout": layout, "rotary_dim": rotary_dim, "together": len(sites)},
+        params=params | ({"back": True} if back else {}),
         cast="output",
         scaled=("q", "k"),
         share=len(sites),
@@ -297,7 +305,30 @@ def _candidate(sites: tuple[_Site, ...], order: int) -> Candidate:
     )
 
 
-def _heads_second(x: fx.Node, table: fx.Node) -> bool:
+def emit_rotation(
+    graph: fx.Graph,
+    read: Mapping[str, Any],
+    in_order: bool,
+    layout: str,
+    rotary_dim: int,
+    out: fx.Node,
+) -> list[fx.Node]:
+    """The op on the nodes q, k (or None), cos and sin of ``read``, and its one or two results.
+
+    ``in_order``: see :func:`heads_second`; other tensors are transposed for the kernel, and back.
+    """
+    values = dict(read)
+    if not in_order:
+        for role, node in values.items():
+            if node is not None:
+                values[role] = call(graph, aten.transpose.int, (node, 1, 2))
+    args = (*values.values(), layout, rotary_dim, ir.dtype(out))
+    made = call(graph, torch.ops.fusewright.rope.default, args, out)
+    results = [item(graph, made, i) for i in range(2 if read["k"] is not None else 1)]
+    return results if in_order else [call(graph, aten.transpose.int, (r, 1, 2)) for r in results]
+
+
+def heads_second(x: fx.Node, table: fx.Node) -> bool:
     """Whether x is (batch, heads, tokens, features); False for (batch, tokens, heads, features)."""
     rank, sizes = len(ir.shape(x)), ir.shape(table)
     if rank != 4:
@@ -313,6 +344,8 @@ def _rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: str, rotary_dim: int
 ) -> torch.Tensor:
     turned, passed = x[..., :rotary_dim], x[..., rotary_dim:]
+    if layout == "interleaved_to_half":
+        turned, layout = torch.cat((turned[..., ::2], turned[..., 1::2]), dim=-1), "half"
     if cos.shape[-1] != rotary_dim:
         widen = _twice if layout == "half" else _each_twice
         cos, sin = widen(cos), widen(sin)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graphs import capture, check, compile_one, perturbed, rows
-from torch import fx
+from torch import fx, nn
 
 from fusewright.compiler import autocast, ir
 
@@ -121,3 +121,95 @@ def test_autocast_made_explicit_equals_autocast(computation: Any, ambient: bool)
 
 def test_no_autocast_is_active_by_itself() -> None:
     assert autocast.active_device() is None
+
+
+class _Scattered(torch.autograd.Function):
+    """Its backward ends in an in-place call whose result nobody reads."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, index)
+        return 2 * x.gather(-1, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        x, index = ctx.saved_tensors
+        out = torch.zeros_like(x)
+        out.scatter_add_(-1, index, 2 * grad)
+        return out, None
+
+
+def test_the_body_of_an_autograd_function_keeps_its_in_place_calls() -> None:
+    def function(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w
+        out: torch.Tensor = _Scattered.apply(normed, normed.argsort(-1)[..., :2])
+        return out
+
+    check(function, [rows(2, 8), perturbed(8)], {"rms_norm": 1})
+
+
+def test_a_tensor_made_of_numbers_keeps_its_value() -> None:
+    def scaled(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        normal = torch.distributions.Normal(0, 1)
+        factor = normal.icdf(torch.tensor(0.95, dtype=torch.float32))
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w * factor
+
+    check(scaled, [rows(2, 8), perturbed(8)], {"rms_norm": 1})
+
+
+def test_a_parameter_written_through_its_data() -> None:
+    def clipped(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        w.data.clamp_(0.9, 1.1)
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w
+
+    compiled = check(clipped, [rows(2, 8), perturbed(8)], {"rms_norm": 1})
+    x, w = rows(2, 8), perturbed(8)
+    compiled.run(x, w)
+    assert torch.equal(w, w.clamp(0.9, 1.1))
+
+
+def test_a_weight_written_through_its_data_after_its_use_is_not_taken() -> None:
+    def clipped(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w
+        w.data.clamp_(0.9, 1.1)
+        return y
+
+    compiled = compile_one(clipped)
+    x, w = rows(2, 8), perturbed(8)
+    expected = clipped(x, nn.Parameter(w.detach().clone()))
+    torch.testing.assert_close(compiled.run(x, w), expected)
+    (match,) = compiled.session.records[0].matches
+    assert match.candidate.params["weight"] is False
+
+
+def test_a_mapped_function_is_left_as_captured() -> None:
+    def mapped(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.vmap(lambda row: row * torch.rsqrt(row.pow(2).mean(-1, True)) * w)(x)
+
+    compiled = compile_one(mapped, strict=False)
+    x, w = rows(3, 2, 8), perturbed(8)
+    torch.testing.assert_close(compiled.run(x, w), mapped(x, w))
+    assert "vmap" in compiled.session.records[0].failure
+
+
+def test_a_random_draw_that_nobody_reads_still_moves_the_generator() -> None:
+    def drawing(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        torch.rand_like(x)
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w + torch.rand_like(x)
+
+    check(drawing, [rows(2, 8), perturbed(8)], {"rms_norm": 1})
+
+
+def test_equal_views_become_one_but_not_of_a_value_that_is_written() -> None:
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x[:, None].cos() + x[:, None].sin()
+
+    def written(x: torch.Tensor) -> torch.Tensor:
+        y = x * 1.0
+        a = y[:, None].cos()
+        y.add_(1.0)
+        return a + y[:, None].sin()
+
+    views = aten.unsqueeze.default
+    assert _targets(_graph(twice, rows(2, 8))).count(views) == 1
+    assert _targets(_graph(written, rows(2, 8))).count(views) == 2

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import capture, perturbed, rows, to_bf16
+from graphs import capture, compile_one, perturbed, rows, to_bf16
 
 from fusewright.compiler.prove import Candidate, Disproved, prove
 
@@ -95,3 +95,13 @@ def test_one_value_in_two_roles_is_drawn_once() -> None:
         return [t["x"] * root * t["weight"]]
 
     assert prove(replace(candidate, inputs=inputs, formula=formula)).forward <= 1e-10
+
+
+def test_a_region_is_proven_where_gradients_are_off() -> None:
+    def norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(x, (8,), w)
+
+    compiled = compile_one(norm)
+    with torch.no_grad():
+        compiled.run(torch.randn(2, 8), torch.randn(8))
+    assert compiled.ops == {"layer_norm": 1}, compiled.misses

@@ -13,7 +13,9 @@ from torch import fx
 
 from fusewright.compiler.pipeline import CompileError
 from fusewright.compiler.prove import Candidate
+from fusewright.compiler.records import Verdict
 from fusewright.compiler.rewrite import call
+from fusewright.compiler.verify import _judge
 from fusewright.patterns.rms_norm import RMSNorm
 
 
@@ -83,3 +85,24 @@ def test_a_right_rewrite_is_accepted() -> None:
     (record,) = compiled.session.records
     assert record.verdict.status == "accepted" and compiled.ops == {"rms_norm": 1}
     assert record.verdict.backward is None or record.verdict.backward >= 0
+
+
+def _noisy(exact: torch.Tensor, size: float, seed: int) -> torch.Tensor:
+    noise = torch.randn(exact.shape, generator=torch.Generator().manual_seed(seed))
+    return exact + size * exact.norm() * noise / noise.norm()
+
+
+def _judged(exact: list[torch.Tensor], eager: list[float], ours: list[float]) -> Verdict:
+    """The verdict on results with these relative errors, in bfloat16."""
+    made = [
+        [_noisy(x, size, seed) for x, size in zip(exact, sizes, strict=True)]
+        for seed, sizes in ((1, eager), (2, ours))
+    ]
+    return _judge(list(exact), list(made[0]), list(made[1]), torch.finfo(torch.bfloat16).eps)
+
+
+def test_a_gradient_that_is_only_rounding_does_not_decide() -> None:
+    exact = [torch.randn(64), torch.randn(64), 1e-12 * torch.randn(64)]
+    assert _judged(exact, [1e-3, 1e-3, 1e6], [1e-3, 1e-3, 1.5e6]).status == "accepted"
+    assert _judged(exact, [1e-3, 1e-3, 1e6], [4e-3, 4e-3, 0.5e6]).status == "reverted"
+    assert _judged(exact, [1e-3, 1e-3, 1e6], [1e-3, 1e-3, 1e9]).status == "reverted"

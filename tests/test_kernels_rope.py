@@ -17,7 +17,7 @@ from fusewright.runtime.op import register_all
 register_all()
 OPS = torch.ops.fusewright
 OP = OPS.rope
-LAYOUTS = ["half", "interleaved"]
+LAYOUTS = ["half", "interleaved", "interleaved_to_half"]
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -33,13 +33,16 @@ def eager(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: str) ->
         cos, sin = cos.double(), sin.double()
     width = cos.shape[-1]
     turned = x[..., :width]
+    if layout == "interleaved_to_half":
+        turned, layout = torch.cat((turned[..., ::2], turned[..., 1::2]), dim=-1), "half"
     y = turned * cos + rotated(turned, layout) * sin
     return torch.cat((y, x[..., width:]), dim=-1).to(x.dtype)
 
 
 def tables(batch: int, tokens: int, width: int, layout: str, dtype: torch.dtype) -> Pair:
     angles = torch.rand(batch, 1, tokens, width // 2) * 6
-    angles = angles.repeat(1, 1, 1, 2) if layout == "half" else angles.repeat_interleave(2, -1)
+    pairs = layout == "interleaved"
+    angles = angles.repeat_interleave(2, -1) if pairs else angles.repeat(1, 1, 1, 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -134,7 +137,7 @@ def test_real_shapes(shape: tuple[int, ...], layout: str, dtype: torch.dtype) ->
 def test_half_width_tables_equal_full_ones(backend: Backend, layout: str) -> None:
     q = heads(2, 3, 5, 8, torch.float32).to(backend.device)
     cos, sin = (t.to(backend.device) for t in tables(1, 5, 8, layout, torch.float32))
-    short = [rope.split(t, layout)[0] for t in (cos, sin)]
+    short = [rope.split(t, rope.ends(layout)[1])[0] for t in (cos, sin)]
     full = backend.ops.rope(q, None, cos, sin, layout, 8, torch.float32)[0]
     for pair in (short, (cos[0, 0], sin[0, 0]), (cos.expand(2, 1, 5, 8), sin)):
         other = backend.ops.rope(q, None, *pair, layout, 8, torch.float32)[0]

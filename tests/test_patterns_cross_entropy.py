@@ -83,6 +83,29 @@ def module_loss(h, w, labels):
     return nn.CrossEntropyLoss()(F.linear(h, w).flatten(0, 1), labels.flatten())
 
 
+def shifted_by_slicing(h, w, labels):
+    return F.cross_entropy(*_shifted(F.linear(h, w), labels))
+
+
+def shifted_after_the_cast(h, w, labels):
+    logits = F.linear(h, w).float()
+    logits, labels = logits[..., :-1, :].contiguous(), labels[..., 1:].contiguous()
+    return nn.CrossEntropyLoss()(logits.view(-1, CLASSES), labels.view(-1))
+
+
+def shifted_and_softcapped(h, w, labels):
+    logits = torch.tanh(F.linear(h, w) / 5.0) * 5.0
+    return F.cross_entropy(*_shifted(logits, labels))
+
+
+def product_with_the_transposed_head(h, w, labels):
+    return F.cross_entropy((h @ w.T).view(-1, CLASSES), labels.view(-1))
+
+
+def product_with_the_turned_head(h, w, labels):
+    return F.cross_entropy(*_shifted(torch.matmul(h, w.transpose(0, 1)), labels))
+
+
 FUSED = "linear_cross_entropy"
 ALONE = "cross_entropy"
 SPELLINGS = [
@@ -98,14 +121,31 @@ SPELLINGS = [
     biased,
     rows_first,
     module_loss,
+    shifted_by_slicing,
+    shifted_after_the_cast,
+    shifted_and_softcapped,
+    product_with_the_transposed_head,
+    product_with_the_turned_head,
 ]
 
 
 # --- near misses
 
 
-def shifted_by_slicing(h, w, labels):
-    return F.cross_entropy(*_shifted(F.linear(h, w), labels))
+def sliced_classes(h, w, labels):
+    logits = F.linear(h, w)[..., : CLASSES - 1]
+    labels = labels.clamp(max=CLASSES - 2)
+    return F.cross_entropy(logits.reshape(-1, CLASSES - 1), labels.view(-1))
+
+
+def sliced_flat_rows(h, w, labels):
+    logits = F.linear(h, w).view(-1, CLASSES)[1:]
+    return F.cross_entropy(logits, labels.view(-1)[1:])
+
+
+def product_with_a_head_of_each_row(h, w, labels):
+    heads = w.expand(2, CLASSES, WIDTH)
+    return F.cross_entropy((h @ heads.transpose(1, 2)).view(-1, CLASSES), labels.view(-1))
 
 
 def class_weights(h, w, labels):
@@ -260,7 +300,9 @@ LEFT_ALONE = [
     (log_softmax_with_another_axis, "cross_entropy", None),
 ]
 MATCHED_AS_WHAT_IT_IS = [
-    (shifted_by_slicing, {"cross_entropy": 1}),
+    (sliced_classes, {"cross_entropy": 1}),
+    (sliced_flat_rows, {"cross_entropy": 1}),
+    (product_with_a_head_of_each_row, {"cross_entropy": 1}),
     (softcap_with_two_constants, {"linear_cross_entropy": 1}),
     (softcap_twice, {"cross_entropy": 1}),
     (tanh_without_constants, {"cross_entropy": 1}),

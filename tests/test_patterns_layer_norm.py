@@ -56,6 +56,13 @@ def by_hand_divided(x, w, b):
     return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + EPS) * w + b
 
 
+def by_librarys_variance(x, w, b):
+    f = x.float()
+    centred = f - f.mean(dim=-1, keepdim=True)
+    out = centred * torch.rsqrt(f.var(dim=-1, keepdim=True, unbiased=False) + EPS)
+    return out.to(x.dtype) * w + b
+
+
 def one_plus_weight(x, w, b):
     return F.layer_norm(x, (WIDTH,), 1 + w, b, EPS)
 
@@ -69,6 +76,7 @@ SPELLINGS = [
     by_hand_centred_twice,
     by_hand_without_bias,
     by_hand_divided,
+    by_librarys_variance,
     one_plus_weight,
 ]
 

@@ -114,6 +114,15 @@ def sum_over_width(x, w):
     return w * (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / WIDTH + EPS))
 
 
+def length(x, w):
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + EPS) + 0 * w
+
+
+def length_by_root(x, w):
+    f = x.float().contiguous()
+    return (f / torch.sqrt((f * f).sum(-1, keepdim=True) + EPS)).to(x.dtype) + 0 * w
+
+
 def norm_method(x, w):
     return w * (x / (x.norm(dim=-1, keepdim=True) * WIDTH**-0.5))
 
@@ -150,6 +159,8 @@ SPELLINGS = [
     weight_folded_into_the_root,
     expand_as,
     sum_over_width,
+    length,
+    length_by_root,
     scaled_linear_before,
 ]
 

@@ -1,0 +1,291 @@
+"""The sweep's table: docs/zoo.md and bench/results/zoo.json."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from zoo_census import FAMILIES
+from zoo_run import MODES
+
+ROOT = Path(__file__).resolve().parent.parent
+SITES = ("norm", "rope", "glu")
+Row = dict[str, Any]
+_INSTALLED = re.compile(r"[^\s\"]*/site-packages/")
+
+
+def write(rows: dict[tuple[str, str], Row]) -> None:
+    """Write both files from the newest line of each (type, mode), and print the totals."""
+    types = json.loads(_INSTALLED.sub("", json.dumps(_by_type(rows))))
+    totals = summary(types)
+    results = {"environment": _environment(rows), "totals": totals, "types": types}
+    path = ROOT / "bench" / "results" / "zoo.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(results, indent=0, separators=(",", ":")) + "\n")
+    text = markdown(results)
+    (ROOT / "docs" / "zoo.md").write_text(text)
+    print("\n".join(_totals_lines(totals)))
+
+
+def _environment(rows: dict[tuple[str, str], Row]) -> Row:
+    import peft
+    import torch
+    import transformers
+
+    commits = Counter(r["commit"] for r in rows.values())
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "lines_by_commit": dict(commits.most_common()),
+    }
+
+
+def _by_type(rows: dict[tuple[str, str], Row]) -> dict[str, Row]:
+    """Type -> its sites and, per mode, what came of it."""
+    found: dict[str, Row] = {}
+    for (name, mode), row in rows.items():
+        entry = found.setdefault(name, {"class": row.get("class", ""), "modes": {}})
+        if row["status"] != "ran":
+            own: Row = {"status": row["status"], "reason": row.get("reason", "")}
+        else:
+            entry["sites"] = row["sites"]
+            own = dict(row["modes"][mode])
+            own["missed"] = _ranked(own.get("missed", []))
+        entry["modes"][mode] = own | {"commit": row["commit"]}
+    return dict(sorted(found.items()))
+
+
+def _ranked(missed: list[Row]) -> list[Row]:
+    keep = ("pattern", "count", "source", "reason")
+    return sorted(({k: m[k] for k in keep} for m in missed), key=lambda m: -m["count"])
+
+
+def summary(types: dict[str, Row]) -> Row:
+    """The figures at the head of the table."""
+    out: Row = {"types": len(types)}
+    for mode in MODES:
+        own = {n: t["modes"][mode] for n, t in types.items() if mode in t["modes"]}
+        trains = {n: m for n, m in own.items() if m["status"] != "eager does not train"}
+        measured = [m[k] for m in trains.values() for k in ("plain", "gc") if k in m]
+        measured = [m for m in measured if m["status"] != "eager does not train"]
+        out[mode] = {
+            "types": len(own),
+            "eager trains": len(trains),
+            "parity": sum(m["status"] == "ran" for m in trains.values()),
+            "runs": len(measured),
+            "runs with parity": sum(m["status"] == "same" for m in measured),
+            "without breaks": sum(not m.get("breaks") for m in trains.values()),
+        }
+        if mode == MODES[0]:
+            out |= _coverage({n: types[n] for n in trains})
+    return out
+
+
+def _coverage(trained: dict[str, Row]) -> Row:
+    """Shares of sites and types, from the plain float32 mode."""
+    sites, fired = Counter[str](), Counter[str]()
+    for row in trained.values():
+        own = row["modes"][MODES[0]]
+        for family in FAMILIES:
+            sites[family] += row.get("sites", {}).get(family, 0)
+            fired[family] += own.get("covered", {}).get(family, 0)
+    whole = [n for n, r in trained.items() if is_whole(r)]
+    with_loss = [r for r in trained.values() if r.get("sites", {}).get("loss")]
+    seconds = [r["modes"][MODES[0]].get("match_seconds", 0.0) for r in trained.values()]
+    return {
+        "sites": dict(sites),
+        "fired": dict(fired),
+        "whole types": len(whole),
+        "losses": len(with_loss),
+        "losses fused": sum(_loss_fused(r) for r in with_loss),
+        "longest match": max(seconds, default=0.0),
+    }
+
+
+def is_whole(row: Row) -> bool:
+    """Whether every norm, rotation and gated unit of the census was rewritten."""
+    covered = row["modes"][MODES[0]].get("covered", {})
+    return all(covered.get(f, -1) == row.get("sites", {}).get(f, 0) for f in SITES)
+
+
+def _loss_fused(row: Row) -> bool:
+    fired = row["modes"][MODES[0]].get("fired", {})
+    return bool(fired.get("linear_cross_entropy") or fired.get("cross_entropy"))
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} of {whole} ({part / whole:.1%})" if whole else f"{part} of {whole}"
+
+
+def _totals_lines(totals: Row) -> list[str]:
+    sites, fired = totals["sites"], totals["fired"]
+    every = sum(sites[f] for f in SITES), sum(fired[f] for f in SITES)
+    lines = ["| what | how many |", "|---|---|"]
+    lines += [f"| types of the two mappings | {totals['types']} |"]
+    for mode in MODES:
+        own = totals[mode]
+        if own["types"]:
+            lines += [
+                f"| {mode}: types that train in eager | {_share(own['eager trains'], own['types'])} |",
+                f"| {mode}: with parity | {_share(own['parity'], own['eager trains'])} |",
+                f"| {mode}: no graph break | {_share(own['without breaks'], own['eager trains'])} |",
+            ]
+    lines += [f"| {f} sites rewritten | {_share(fired[f], sites[f])} |" for f in SITES]
+    lines += [
+        f"| norm, rope and gated sites rewritten | {_share(every[1], every[0])} |",
+        f"| types whole | {_share(totals['whole types'], totals[MODES[0]]['eager trains'])} |",
+        f"| types with the loss fused | {_share(totals['losses fused'], totals['losses'])} |",
+        f"| longest match and proof of one graph | {totals['longest match']:.2f} s |",
+    ]
+    return lines
+
+
+_HEAD = """# The zoo
+
+`make zoo` builds every causal language model type of the installed transformers, and the text side
+of every vision-language type, tiny and random, and trains each a few steps, optimised and eager,
+from the same state on the same batch, on a CPU with plain FX lowering.
+
+- fp32: the first step's loss and every gradient within 1e-5 of eager's, relative by norm, and the
+  losses of three steps of descent likewise. Where a model amplifies rounding, float64 decides: our
+  mean error is at most 1.1 of eager's in the median of 4 batches, or of 16 ("amplified" below). Where
+  rounding turned a choice of experts or tokens over, two of three other batches must be within the bound
+  ("choice").
+- bf16: the mean relative error of the loss and the gradients against float64 over 4 batches (16
+  where those are not clear) is at most 1.02 of eager's, over those gradients of which eager has one
+  digit right. Every expert is chosen there, since rounding turns choices over.
+- Each mode runs without and with gradient checkpointing. Adapters have dropout 0.05 in fp32.
+- Sites are counted by watching eager from outside (bench/zoo_census.py): norms, rotated tensors,
+  modules with a gated unit, library losses. A type is whole if all its norms, rotations and gated
+  units are rewritten.
+"""
+
+
+def markdown(results: Row) -> str:
+    """docs/zoo.md."""
+    where, types = results["environment"], results["types"]
+    commits = ", ".join(f"{n} lines at {c}" for c, n in where["lines_by_commit"].items())
+    measured = (
+        f"torch {where['torch']}, transformers {where['transformers']}, peft {where['peft']}; "
+        f"state of the code: {commits}. A line stands until its type is run again; a mode that lacks "
+        "types was not run for them."
+    )
+    lines = [_HEAD, measured, "", *_totals_lines(results["totals"]), ""]
+    lines += _broken_section(types) + _missed_section(types) + _uncovered_section(types)
+    lines += _table(types) + _untrained_section(types)
+    return "\n".join(lines) + "\n"
+
+
+def _broken_section(types: dict[str, Row]) -> list[str]:
+    lines = ["## Without parity", ""]
+    for name, row in types.items():
+        for mode, own in row["modes"].items():
+            if own["status"] == "broken":
+                lines.append(f"- {name}, {mode}: {_what_broke(own)}")
+    return [*lines, "" if len(lines) > 2 else "None.\n"]
+
+
+def _what_broke(own: Row) -> str:
+    said = [own["reason"]] if own.get("reason") else []
+    for key in ("plain", "gc"):
+        part = own.get(key, {})
+        if part.get("status") == "broken":
+            said.append(f"{key}: {part['reason']}")
+        elif part.get("status") == "differs":
+            shown = {k: v for k, v in part.items() if k != "status"}
+            said.append(f"{key}: " + ", ".join(f"{k} {_number(v)}" for k, v in shown.items()))
+    return "; ".join(said)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
+
+
+def _missed_section(types: dict[str, Row]) -> list[str]:
+    reasons: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for name, row in types.items():
+        for miss in row["modes"].get(MODES[0], {}).get("missed", []):
+            reasons[miss["pattern"], miss["reason"]][name] += miss["count"]
+    lines = [
+        "## Looked at and left alone",
+        "",
+        "| pattern | reason | sites | types |",
+        "|---|---|---|---|",
+    ]
+    for (pattern, reason), names in sorted(reasons.items(), key=lambda i: -sum(i[1].values())):
+        shown = ", ".join(list(names)[:4]) + (
+            f" and {len(names) - 4} more" if len(names) > 4 else ""
+        )
+        safe = reason.replace("|", "\\|")
+        lines.append(f"| {pattern} | {safe} | {sum(names.values())} | {shown} |")
+    return [*lines, ""]
+
+
+def _uncovered_section(types: dict[str, Row]) -> list[str]:
+    lines = [
+        "## Sites of the census that were not rewritten",
+        "",
+        "| type | family | where |",
+        "|---|---|---|",
+    ]
+    for name, row in types.items():
+        for family, where in row["modes"].get(MODES[0], {}).get("uncovered", {}).items():
+            shown = ", ".join(f"{p} {n}" if n > 1 else p for p, n in list(where.items())[:4])
+            more = f" and {len(where) - 4} more" if len(where) > 4 else ""
+            lines.append(f"| {name} | {family} | {shown}{more} |")
+    return [*lines, ""]
+
+
+def _table(types: dict[str, Row]) -> list[str]:
+    meaning = (
+        "Rewritten of counted sites; the largest relative difference from eager in fp32; ratio of our "
+        "error to eager's in bf16. Two figures are without and with gradient checkpointing."
+    )
+    lines = [
+        *("## Type by type", "", meaning, ""),
+        "| type | norm | rope | glu | loss | fp32 | fp32+lora | bf16 | bf16+lora | breaks | s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in types.items():
+        own = row["modes"].get(MODES[0], {})
+        if own.get("status", "eager does not train") == "eager does not train":
+            continue
+        covered, sites = own.get("covered", {}), row.get("sites", {})
+        counts = [f"{covered.get(f, 0)}/{sites.get(f, 0)}" for f in FAMILIES]
+        modes = [_cell(row["modes"].get(m)) for m in MODES]
+        tail = [str(len(own.get("breaks", []))), f"{own.get('seconds', 0):.1f}"]
+        lines.append("| " + " | ".join([name, *counts, *modes, *tail]) + " |")
+    return [*lines, ""]
+
+
+def _cell(own: Row | None) -> str:
+    if own is None:
+        return ""
+    if own["status"] == "eager does not train":
+        return "–"
+    shown = []
+    for key in ("plain", "gc"):
+        part = own.get(key, {"status": ""})
+        value = part.get("ratio", part.get("largest"))
+        text = "–" if value is None else f"{value:.3f}" if "ratio" in part else f"{value:.0e}"
+        if part["status"] == "same":
+            text += " amplified" * bool(part.get("amplified")) + " choice" * bool(
+                part.get("choice")
+            )
+        bad = part.get("status") in ("broken", "differs")
+        shown.append(f"**{text}**" if bad else text)
+    return ", ".join(shown)
+
+
+def _untrained_section(types: dict[str, Row]) -> list[str]:
+    lines = ["## Not trained by eager here", ""]
+    for mode in MODES:
+        for name, row in types.items():
+            own = row["modes"].get(mode, {})
+            if own.get("status") == "eager does not train":
+                lines.append(f"- {name}, {mode}: {own['reason']}")
+    return lines
