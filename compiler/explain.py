@@ -21,7 +21,8 @@ class Row:
     """One kind of site in one region, collapsed over the instances that run it.
 
     ``status`` is "fired" or "missed". Errors are means over the region's tensors against float64,
-    measured on a slice of the first step's inputs; ``*_eager`` is eager's own.
+    measured on a slice of the first step's inputs; ``*_eager`` is eager's own. ``refines``: the site
+    is an op of ours that another row counts, and this row goes beyond it.
     """
 
     pattern: str
@@ -37,6 +38,7 @@ class Row:
     error: float | None = None
     error_eager: float | None = None
     proof_error: float | None = None
+    refines: bool = False
 
 
 @dataclass
@@ -50,7 +52,7 @@ class CoverageReport:
         eager_now: path of each region's module that runs un-rewritten now -> why.
         regions: per captured graph: kind, class, instances, lowering, seconds, verdict.
         notes: anything else worth knowing.
-        coverage: fired / (fired + missed) over instances of sites.
+        coverage: fired / (fired + missed) over instances of sites, each site counted once.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -120,8 +122,9 @@ def report(session: Session) -> CoverageReport:
         if row.status == "fired":
             counts[row.pattern] += row.count
     out.counts = dict(counts)
-    total = sum(r.count for r in out.rows)
-    out.coverage = sum(counts.values()) / total if total else 0.0
+    sites = [r for r in out.rows if not r.refines]
+    total = sum(r.count for r in sites)
+    out.coverage = sum(r.count for r in sites if r.status == "fired") / total if total else 0.0
     if not session.records:
         out.notes.append("nothing has been captured yet: regions are compiled at the first step")
     return out
@@ -159,6 +162,7 @@ def _fired(match: Match, record: GraphRecord, instances: int) -> Row:
         error=verdict.forward,
         error_eager=verdict.forward_eager,
         proof_error=max(match.proof.forward, match.proof.backward),
+        refines=match.refines,
     )
 
 
@@ -173,6 +177,7 @@ def _missed(miss: Miss, instances: int) -> Row:
         casting_mode="",
         status="missed",
         reason=f"{miss.step}: {miss.reason}",
+        refines=miss.refines,
     )
 
 

@@ -41,7 +41,10 @@ class Pattern(Protocol):
 
 @dataclass(frozen=True)
 class Match:
-    """A proven and legal candidate, and the node before which its replacement goes."""
+    """A proven and legal candidate, and the node before which its replacement goes.
+
+    ``refines``: the site is an op of ours, put there by an earlier match that counts it.
+    """
 
     pattern: str
     candidate: Candidate
@@ -50,17 +53,22 @@ class Match:
     location: str
     module: str
     milliseconds: float
+    refines: bool = False
 
 
 @dataclass(frozen=True)
 class Miss:
-    """A site that a pattern looked at and left alone, with the step that refused and why."""
+    """A site that a pattern looked at and left alone, with the step that refused and why.
+
+    ``refines``: as of a match; what refused is the step beyond an op of ours.
+    """
 
     pattern: str
     step: str
     reason: str
     location: str
     module: str
+    refines: bool = False
 
 
 def find(
@@ -80,6 +88,7 @@ def _site(
 ) -> Match | Miss:
     started = time.perf_counter()
     step, reason = "grow", "nothing grew from the anchor"
+    refines = getattr(anchor.target, "namespace", "") == "fusewright"
     try:
         for candidate in pattern.candidates(anchor):
             try:
@@ -100,7 +109,9 @@ def _site(
                 ir.source_line(anchor),
                 ir.module_path(anchor),
                 spent,
+                refines,
             )
     except Refused as refusal:
         step, reason = "grow", str(refusal)
-    return Miss(pattern.name, step, reason, ir.source_line(anchor), ir.module_path(anchor))
+    place = ir.source_line(anchor), ir.module_path(anchor)
+    return Miss(pattern.name, step, reason, *place, refines)
