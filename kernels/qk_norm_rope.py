@@ -164,16 +164,17 @@ def triton_bwd(
     need_q: bool, need_k: bool, need_q_weight: bool, need_k_weight: bool,
 ) -> Four:  # fmt: skip
     """dq, dk and the gradients of the weights, on the GPU."""
-    norm, turn = (offset, cast, norm_dtype), (cos, sin, layout, rotary_dim)
     needs = (need_q, need_k, need_q_weight, need_k_weight)
     if not _takes(q, k, cos, sin, q_weight, k_weight, dq_out.dtype):
-        saved = (q, k, q_weight, k_weight, q_rstd, k_rstd)
-        return reference_bwd(dq_out, dk_out, *saved, *norm, *turn, *needs)
+        return reference_bwd(
+            dq_out, dk_out, q, k, q_weight, k_weight, q_rstd, k_rstd, offset, cast, norm_dtype,
+            cos, sin, layout, rotary_dim, *needs,
+        )  # fmt: skip
     grads = _gradients(q, k, q_weight, k_weight, *needs)
     if any(g.numel() for g in grads):
         qk_norm_rope_kernels.backward(
             (dq_out, dk_out), (q, k), (q_weight, k_weight), (q_rstd, k_rstd), grads,
-            Norm(*norm), Turn(*turn),
+            Norm(offset, cast, norm_dtype), Turn(cos, sin, layout, rotary_dim),
         )  # fmt: skip
     return grads
 

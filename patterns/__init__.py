@@ -16,8 +16,8 @@ DEFAULT: tuple[Pattern, ...] = (
     CrossEntropy(),
     LayerNorm(),
     RMSNorm(),
-    AddRMSNorm(),
     RoPE(),
     LoRA(),
     GLU(),
+    AddRMSNorm(),  # a projection and its adapter are a sum too: the adapter goes first
 )
