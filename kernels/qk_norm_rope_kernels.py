@@ -238,7 +238,7 @@ def qk_backward(
     u1, u2, u3 = _gains(q_weight_ptr, pairs, OFFSET, ROTARY, WIDTH, PASS, INTERLEAVED)
     w1, w2, w3 = _gains(k_weight_ptr, pairs, OFFSET, ROTARY, WIDTH, PASS, INTERLEAVED)
     for at in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
-        row = at.to(tl.int64)
+        row = tl.cast(at, tl.int64)
         batch, token = row // tokens, row % tokens
         cos_at = cos_ptr + batch * cos_batch + token * cos_token
         sin_at = sin_ptr + batch * sin_batch + token * sin_token
@@ -283,10 +283,12 @@ class Tile(NamedTuple):
 
 
 @functools.lru_cache(maxsize=512)
-def tile(q_heads: int, k_heads: int, width: int, most: int, limits: Limits) -> Tile:
-    """Up to ``most`` numbers of q at a time, 8 to a thread of 256."""
-    at_once = max(1, most // power_of_two(width))
-    steps = -(-max(q_heads, k_heads) // at_once)
+def tile(q_heads: int, k_heads: int, width: int, least: int, limits: Limits) -> Tile:
+    """Up to ``least`` numbers of q at a time, or up to 4096 in two steps, 8 to a thread of 256."""
+    heads = max(q_heads, k_heads)
+    half = power_of_two(-(-heads // 2)) * power_of_two(width)
+    at_once = max(1, min(4096, max(least, half)) // power_of_two(width))
+    steps = -(-heads // at_once)
     q_step, k_step = (power_of_two(-(-h // steps)) for h in (q_heads, k_heads))
     threads = max(limits.warp, min(256, max(q_step, k_step) * power_of_two(width) // 8))
     return Tile(q_step, k_step, steps, threads // limits.warp)

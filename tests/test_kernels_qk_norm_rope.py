@@ -116,9 +116,9 @@ def test_shapes(kernels: Backend, shape: tuple[int, int, int], layout: str) -> N
     compare(
         kernels,
         lambda *t: kernels.ops.qk_norm_rope(
-            *t, EPS, 0.0, "input", f16, cos, sin, layout, width, f16
+            *t, EPS, 0.0, "output", f16, cos, sin, layout, width, f16
         )[:2],
-        lambda *t: eager(*t, cos, sin, layout),
+        lambda *t: eager(*t, cos, sin, layout, "output"),
         (
             heads(2, q_heads, 3, width, f16),
             heads(2, k_heads, 3, width, f16),
