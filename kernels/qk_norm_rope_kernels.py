@@ -111,7 +111,7 @@ def qk_forward(
     cos_ptr, sin_ptr, tokens, q_heads, k_heads,
     q_batch, q_head, q_token, k_batch, k_head, k_token,
     q_out_batch, q_out_head, q_out_token, k_out_batch, k_out_head, k_out_token,
-    cos_batch, cos_token, sin_batch, sin_token, eps,
+    table_batch, table_token, eps,
     OFFSET: tl.constexpr, ROUND_INPUT: tl.constexpr, ROUND_NORM: tl.constexpr,
     INTERLEAVED: tl.constexpr, FULL: tl.constexpr, ROTARY: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, PASS: tl.constexpr,
@@ -123,8 +123,8 @@ def qk_forward(
     batch, token = row // tokens, row % tokens
     pairs = tl.arange(0, BLOCK)
     there = pairs < HALF
-    cos_at = cos_ptr + batch * cos_batch + token * cos_token
-    sin_at = sin_ptr + batch * sin_batch + token * sin_token
+    cos_at = cos_ptr + batch * table_batch + token * table_token
+    sin_at = sin_ptr + batch * table_batch + token * table_token
     c1, c2 = _angles(cos_at, pairs, there, HALF, FULL, INTERLEAVED)
     s1, s2 = _angles(sin_at, pairs, there, HALF, FULL, INTERLEAVED)
     w1, w2, w3 = _gains(q_weight_ptr, pairs, OFFSET, ROTARY, WIDTH, PASS, INTERLEAVED)
@@ -214,7 +214,7 @@ def qk_backward(
     dq_out_batch, dq_out_head, dq_out_token, dk_out_batch, dk_out_head, dk_out_token,
     q_batch, q_head, q_token, k_batch, k_head, k_token,
     dq_batch, dq_head, dq_token, dk_batch, dk_head, dk_token,
-    cos_batch, cos_token, sin_batch, sin_token,
+    table_batch, table_token,
     OFFSET: tl.constexpr, ROUND_INPUT: tl.constexpr, INTERLEAVED: tl.constexpr,
     FULL: tl.constexpr, ROTARY: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     PASS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, STEPS: tl.constexpr,
@@ -240,8 +240,8 @@ def qk_backward(
     for at in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(at, tl.int64)
         batch, token = row // tokens, row % tokens
-        cos_at = cos_ptr + batch * cos_batch + token * cos_token
-        sin_at = sin_ptr + batch * sin_batch + token * sin_token
+        cos_at = cos_ptr + batch * table_batch + token * table_token
+        sin_at = sin_ptr + batch * table_batch + token * table_token
         c1, c2 = _angles(cos_at, pairs, there, HALF, FULL, INTERLEAVED)
         s1, s2 = _angles(sin_at, pairs, there, HALF, FULL, INTERLEAVED)
         if Q:
@@ -306,6 +306,15 @@ def _contiguous(vector: Maybe) -> Maybe:
     return None if vector is None else vector.contiguous()
 
 
+def _tables(turn: Any) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """cos and sin with the strides of batch and token that they share."""
+    (cos, *strides), (sin, *others) = _table(turn.cos), _table(turn.sin)
+    if strides != others:
+        pair = torch.broadcast_tensors(cos, sin)
+        (cos, *strides), (sin, *_) = (_table(t.contiguous()) for t in pair)
+    return cos, sin, strides[0], strides[1]
+
+
 def forward(
     xs: Pair, weights: tuple[Maybe, Maybe], made: tuple[torch.Tensor, ...], eps: float,
     norm: Any, turn: Any,
@@ -315,14 +324,14 @@ def forward(
     assert q is not None and k is not None
     batch, q_heads, tokens, width = q.shape
     cut = tile(q_heads, k.shape[1], width, 4096, device.limits(q.device))
-    (cos, *cos_strides), (sin, *sin_strides) = _table(turn.cos), _table(turn.sin)
+    cos, sin, *table = _tables(turn)
     strides = [s for t in (q, k, made[0], made[1]) for s in _strides(t)]
     rounds = (norm.cast == "input", norm.dtype is q.dtype and q.dtype is not torch.float32)
     with on_device_of(q):
         _forward(
             (batch * tokens, 1),
             (q, k, *(_contiguous(w) for w in weights), *made, cos, sin),
-            (tokens, q_heads, k.shape[1], *strides, *cos_strides, *sin_strides, eps),
+            (tokens, q_heads, k.shape[1], *strides, *table, eps),
             (norm.offset, *rounds, *_shape(turn, width), *cut[:3]),
             cut.warps,
         )
@@ -345,18 +354,19 @@ def backward(
         most = min(rows, max(1, 768 // (cut.warps * limits.warp)) * limits.multiprocessors)
         programs = -(-rows // -(-rows // most))
         partial = q.new_empty((2, programs, width), dtype=torch.float32)
-    (cos, *cos_strides), (sin, *sin_strides) = _table(turn.cos), _table(turn.sin)
+    cos, sin, *table = _tables(turn)
     strides = [s for t in (dq_out, dk_out, q, k, dq, dk) for s in _strides(t)]
     sums = [None if partial is None or g is None else partial[i] for i, g in enumerate((dqw, dkw))]
+    stages = 2 if programs < rows else 1
     wanted = (dq is not None or dqw is not None, dk is not None or dkw is not None)
     with on_device_of(q):
         _backward(
             (programs, 1),
             (dq_out, dk_out, q, k, *(_contiguous(w) for w in weights),
              *(s.contiguous() for s in stats), dq, dk, *sums, cos, sin),
-            (rows, tokens, q_heads, k.shape[1], *strides, *cos_strides, *sin_strides),
+            (rows, tokens, q_heads, k.shape[1], *strides, *table),
             (norm.offset, norm.cast == "input", *_shape(turn, width), *cut[:3],
-             2 if programs < rows else 1, *wanted),
+             stages, *wanted),
             cut.warps,
         )  # fmt: skip
         for row, out in zip(sums, (dqw, dkw), strict=True):

@@ -8,6 +8,7 @@ from fusewright.patterns.cross_entropy import CrossEntropy, LinearCrossEntropy
 from fusewright.patterns.glu import GLU
 from fusewright.patterns.layer_norm import LayerNorm
 from fusewright.patterns.lora import LoRA
+from fusewright.patterns.qk_norm_rope import QKNormRoPE
 from fusewright.patterns.rms_norm import RMSNorm
 from fusewright.patterns.rope import RoPE
 
@@ -20,4 +21,5 @@ DEFAULT: tuple[Pattern, ...] = (
     LoRA(),
     GLU(),
     AddRMSNorm(),  # a projection and its adapter are a sum too: the adapter goes first
+    QKNormRoPE(),
 )

@@ -164,6 +164,14 @@ def test_each_gradient_alone_and_strides(backend: Backend) -> None:
         torch.testing.assert_close(grad, want)
 
 
+def test_tables_of_unlike_strides(kernels: Backend) -> None:
+    q, k = (heads(2, n, 5, 8, torch.float32).to(kernels.device) for n in (2, 1))
+    cos, sin = (t.to(kernels.device) for t in tables(2, 5, 8, "half", torch.float32))
+    tail = (EPS, 0.0, "input", torch.float32, cos[:1], sin, "half", 8, torch.float32)
+    ours = kernels.ops.qk_norm_rope(q, k, None, None, *tail)[:2]
+    torch.testing.assert_close(ours, eager(q, k, None, None, cos[:1], sin))
+
+
 def test_rounds_as_the_two_ops_do(kernels: Backend) -> None:
     """The norm's rounding is kept; what follows is the rotation's own."""
     q, k = (heads(1, n, 7, 16, torch.float16).to(kernels.device) for n in (4, 2))
@@ -225,11 +233,12 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         for q_heads, k_heads, width, layout, turned in (
             (32, 8, 128, "half", 128), (64, 8, 128, "interleaved", 64), (16, 16, 256, "half", 256),
         ):  # fmt: skip
-            q, k = (torch.empty(2, 4, n, width, dtype=dtype).transpose(1, 2)
+            # tokens enough for programs that walk over them
+            q, k = (torch.empty(2, 512, n, width, dtype=dtype).transpose(1, 2)
                     for n in (q_heads, k_heads))  # fmt: skip
-            w, cos = torch.empty(width, dtype=dtype), torch.empty(1, 1, 4, turned)
+            w, cos = torch.empty(width, dtype=dtype), torch.empty(1, 1, 512, turned)
             norm, turn = (0.0, "input", dtype), (cos, cos, layout, turned)
-            stats = [torch.empty(2, 4, n) for n in (q_heads, k_heads)]
+            stats = [torch.empty(2, 512, n) for n in (q_heads, k_heads)]
             yield (
                 f"{dtype} {q_heads} {width}",
                 lambda a=(q, k, w, w, EPS, *norm, *turn, dtype): family.triton_fwd(*a),
