@@ -235,8 +235,6 @@ def qk_backward(
     k1 = tl.zeros([K_HEADS if KW else 1, BLOCK if KW else 1], tl.float32)
     k2 = tl.zeros([K_HEADS if KW else 1, BLOCK if KW else 1], tl.float32)
     k3 = tl.zeros([K_HEADS if KW else 1, PASS if KW else 1], tl.float32)
-    u1, u2, u3 = _gains(q_weight_ptr, pairs, OFFSET, ROTARY, WIDTH, PASS, INTERLEAVED)
-    w1, w2, w3 = _gains(k_weight_ptr, pairs, OFFSET, ROTARY, WIDTH, PASS, INTERLEAVED)
     for at in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(at, tl.int64)
         batch, token = row // tokens, row % tokens
@@ -245,17 +243,20 @@ def qk_backward(
         c1, c2 = _angles(cos_at, pairs, there, HALF, FULL, INTERLEAVED)
         s1, s2 = _angles(sin_at, pairs, there, HALF, FULL, INTERLEAVED)
         if Q:
+            # The weights come from the first cache each time: registers are what is short.
+            w1, w2, w3 = _gains(q_weight_ptr, pairs, OFFSET, ROTARY, WIDTH, PASS, INTERLEAVED)
             to = dq_ptr
             if dq_ptr is not None:
                 to = dq_ptr + batch * dq_batch + token * dq_token
             q1, q2, q3 = _heads_backward(
                 dq_out_ptr + batch * dq_out_batch + token * dq_out_token,
                 q_ptr + batch * q_batch + token * q_token, q_rstd_ptr + row * q_heads, to,
-                q1, q2, q3, u1, u2, u3, c1, s1, c2, s2, pairs,
+                q1, q2, q3, w1, w2, w3, c1, s1, c2, s2, pairs,
                 q_heads, dq_out_head, q_head, dq_head, ROUND_INPUT, INTERLEAVED, ROTARY, WIDTH,
                 BLOCK, PASS, Q_HEADS, STEPS, dq_ptr is not None, QW,
             )  # fmt: skip
         if K:
+            w1, w2, w3 = _gains(k_weight_ptr, pairs, OFFSET, ROTARY, WIDTH, PASS, INTERLEAVED)
             to = dk_ptr
             if dk_ptr is not None:
                 to = dk_ptr + batch * dk_batch + token * dk_token

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fusewright.compiler.match import Pattern
 from fusewright.patterns.add_rms_norm import AddRMSNorm
 from fusewright.patterns.cross_entropy import CrossEntropy, LinearCrossEntropy
+from fusewright.patterns.gated_rms_norm import GatedRMSNorm
 from fusewright.patterns.glu import GLU
 from fusewright.patterns.layer_norm import LayerNorm
 from fusewright.patterns.lora import LoRA
@@ -20,6 +21,7 @@ DEFAULT: tuple[Pattern, ...] = (
     RoPE(),
     LoRA(),
     GLU(),
+    GatedRMSNorm(),
     AddRMSNorm(),  # a projection and its adapter are a sum too: the adapter goes first
     QKNormRoPE(),
 )
