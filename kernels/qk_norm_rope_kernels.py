@@ -284,14 +284,14 @@ class Tile(NamedTuple):
 
 
 @functools.lru_cache(maxsize=512)
-def tile(q_heads: int, k_heads: int, width: int, least: int, limits: Limits) -> Tile:
-    """Up to ``least`` numbers of q at a time, or up to 4096 in two steps, 8 to a thread of 256."""
+def tile(q_heads: int, k_heads: int, width: int, least: int, most: int, limits: Limits) -> Tile:
+    """Up to ``least`` numbers of q at a time, or up to 4096 in two steps, and ``most`` threads."""
     heads = max(q_heads, k_heads)
     half = power_of_two(-(-heads // 2)) * power_of_two(width)
     at_once = max(1, min(4096, max(least, half)) // power_of_two(width))
     steps = -(-heads // at_once)
     q_step, k_step = (power_of_two(-(-h // steps)) for h in (q_heads, k_heads))
-    threads = max(limits.warp, min(256, max(q_step, k_step) * power_of_two(width) // 8))
+    threads = max(limits.warp, min(most, max(q_step, k_step) * power_of_two(width) // 4))
     return Tile(q_step, k_step, steps, threads // limits.warp)
 
 
@@ -324,7 +324,7 @@ def forward(
     q, k = (_features_contiguous(x) for x in xs)
     assert q is not None and k is not None
     batch, q_heads, tokens, width = q.shape
-    cut = tile(q_heads, k.shape[1], width, 4096, device.limits(q.device))
+    cut = tile(q_heads, k.shape[1], width, 4096, 256, device.limits(q.device))
     cos, sin, *table = _tables(turn)
     strides = [s for t in (q, k, made[0], made[1]) for s in _strides(t)]
     rounds = (norm.cast == "input", norm.dtype is q.dtype and q.dtype is not torch.float32)
@@ -348,33 +348,41 @@ def backward(
     batch, q_heads, tokens, width = q.shape
     dq, dk, dqw, dkw = (g if g.numel() else None for g in grads)
     limits, rows = device.limits(q.device), batch * tokens
-    cut = tile(q_heads, k.shape[1], width, 2048, limits)
+    summing = dqw is not None or dkw is not None
+    cut = tile(q_heads, k.shape[1], width, 2048, 512 if summing else 256, limits)
     programs = rows
     partial = None
-    if dqw is not None or dkw is not None:
-        most = min(rows, max(1, 768 // (cut.warps * limits.warp)) * limits.multiprocessors)
+    if summing:
+        most = min(rows, max(1, 512 // (cut.warps * limits.warp)) * limits.multiprocessors)
         programs = -(-rows // -(-rows // most))
         partial = q.new_empty((2, programs, width), dtype=torch.float32)
     cos, sin, *table = _tables(turn)
     strides = [s for t in (dq_out, dk_out, q, k, dq, dk) for s in _strides(t)]
     sums = [None if partial is None or g is None else partial[i] for i, g in enumerate((dqw, dkw))]
-    stages = 2 if programs < rows else 1
-    wanted = (dq is not None or dqw is not None, dk is not None or dkw is not None)
+    wanted = [dq is not None or dqw is not None, dk is not None or dkw is not None]
+    # What a token's rows take of shared memory while they are on their way.
+    held = (q_heads + k.shape[1]) * power_of_two(width) * (q.element_size() + dys[0].element_size())
+    stages = max(1, min(3 if q.element_size() == 2 else 2, 1 + (limits.shared - 8192) // held))
+    stages = stages if programs < rows else 1
+    # Wavefronts have too few scalar registers for the strides of q and of k together.
+    sides = [wanted] if limits.warp == 32 else [[wanted[0], False], [False, wanted[1]]]
     with on_device_of(q):
-        _backward(
-            (programs, 1),
-            (dq_out, dk_out, q, k, *(_contiguous(w) for w in weights),
-             *(s.contiguous() for s in stats), dq, dk, *sums, cos, sin),
-            (rows, tokens, q_heads, k.shape[1], *strides, *table),
-            (norm.offset, norm.cast == "input", *_shape(turn, width), *cut[:3],
-             stages, *wanted),
-            cut.warps,
-        )  # fmt: skip
-        for row, out in zip(sums, (dqw, dkw), strict=True):
+        for side in filter(any, sides):
+            out = [t if side[i % 2] else None for i, t in enumerate((dq, dk, *sums))]
+            _backward(
+                (programs, 1),
+                (dq_out, dk_out, q, k, *(_contiguous(w) for w in weights),
+                 *(s.contiguous() for s in stats), *out, cos, sin),
+                (rows, tokens, q_heads, k.shape[1], *strides, *table),
+                (norm.offset, norm.cast == "input", *_shape(turn, width), *cut[:3],
+                 stages, *side),
+                cut.warps,
+            )  # fmt: skip
+        for row, result in zip(sums, (dqw, dkw), strict=True):
             if row is not None:
                 _sums(
                     (-(-width // 8), 1),
-                    (row, out, None),
+                    (row, result, None),
                     (programs, width),
                     (max(8, min(512, power_of_two(programs))), 8),
                     4,
