@@ -53,8 +53,9 @@ def report(session: Session, model: nn.Module | None = None) -> CoverageReport:
         if row.status == "fired":
             counts[row.pattern] += row.count
     out.counts = dict(counts)
-    sites = sum(r.count for r in out.rows)
-    out.coverage = sum(counts.values()) / sites if sites else 0.0
+    sites = [r for r in out.rows if not r.refines]
+    total = sum(r.count for r in sites)
+    out.coverage = sum(r.count for r in sites if r.status == "fired") / total if total else 0.0
     _cover(out, live)
     out._session = session
     if not session.records:
@@ -105,6 +106,7 @@ def _fired(match: Match, record: GraphRecord, instances: int, share: Share) -> R
         error=verdict.forward,
         error_eager=verdict.forward_eager,
         proof_error=max(match.proof.forward, match.proof.backward),
+        refines=match.refines,
         share=share.weight,
         **share.as_dict(),
     )
@@ -122,6 +124,7 @@ def _missed(miss: Miss, instances: int, share: Share) -> Row:
         casting_mode="",
         status="missed",
         reason=f"{miss.step}: {miss.reason}",
+        refines=miss.refines,
         share=share.weight,
         **costs,
     )

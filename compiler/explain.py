@@ -31,6 +31,7 @@ class Row:
     measured on a slice of the first step's inputs; ``*_eager`` is eager's own. ``share`` is the
     part of the step's estimated time before rewriting, 0 to 1; FLOPs and bytes are those of all
     the row's instances in one training step, as captured and (``*_after``) as rewritten.
+    ``refines``: the site is an op of ours that another row counts, and this row goes beyond it.
     """
 
     pattern: str
@@ -52,6 +53,7 @@ class Row:
     bytes_after: int = 0
     saved_bytes: int = 0
     saved_bytes_after: int = 0
+    refines: bool = False
 
 
 @dataclass
@@ -69,7 +71,7 @@ class CoverageReport:
         eager_now: path of each region's module that runs un-rewritten now -> why.
         regions: per captured graph: kind, class, instances, lowering, seconds, verdict, costs.
         notes: anything else worth knowing.
-        coverage: fired / (fired + missed) over instances of sites.
+        coverage: fired / (fired + missed) over instances of sites, each site counted once.
         coverage_flops, coverage_bytes, coverage_saved_bytes: shares, 0 to 1, of the captured
             regions' FLOPs, bytes moved and bytes kept for the backward that lie in rewritten sites.
         families: per family, and for what no family took: sites, share of the step's estimated

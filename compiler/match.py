@@ -41,7 +41,10 @@ class Pattern(Protocol):
 
 @dataclass(frozen=True)
 class Match:
-    """A proven and legal candidate, and the node before which its replacement goes."""
+    """A proven and legal candidate, and the node before which its replacement goes.
+
+    ``refines``: the site is an op of ours, put there by an earlier match that counts it.
+    """
 
     pattern: str
     candidate: Candidate
@@ -50,6 +53,7 @@ class Match:
     location: str
     module: str
     milliseconds: float
+    refines: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Miss:
 
     ``anchor`` is the name of the node that was looked at, ``nodes`` the names of what the most
     ambitious candidate claimed, the anchor alone where nothing grew.
+    ``refines``: as of a match; what refused is the step beyond an op of ours.
     """
 
     pattern: str
@@ -67,6 +72,7 @@ class Miss:
     module: str
     anchor: str = ""
     nodes: frozenset[str] = frozenset()
+    refines: bool = False
 
 
 def find(
@@ -87,6 +93,7 @@ def _site(
     started = time.perf_counter()
     step, reason = "grow", "nothing grew from the anchor"
     claimed = frozenset({anchor.name})
+    refines = getattr(anchor.target, "namespace", "") == "fusewright"
     try:
         for candidate in pattern.candidates(anchor):
             claimed = max(claimed, frozenset(n.name for n in candidate.nodes), key=len)
@@ -111,15 +118,9 @@ def _site(
                 ir.source_line(anchor),
                 ir.module_path(anchor),
                 spent,
+                refines,
             )
     except Refused as refusal:
         step, reason = "grow", str(refusal)
-    return Miss(
-        pattern.name,
-        step,
-        reason,
-        ir.source_line(anchor),
-        ir.module_path(anchor),
-        anchor.name,
-        claimed,
-    )
+    place = ir.source_line(anchor), ir.module_path(anchor)
+    return Miss(pattern.name, step, reason, *place, anchor.name, claimed, refines)

@@ -8,7 +8,8 @@ rounded to the dtype of x, as eager does, before it is normalised.
 
 Backward, with g = dy (offset + w), s^ = s r and means over the last dimension:
     d = ds + r (g - s^ mean(g s^))      dx = dresidual = d      dw = sum over rows of dy s^
-The two gradients are one tensor, rounded once where eager rounds twice.
+The two gradients are one tensor, rounded once where eager rounds twice. A sum that nobody else used
+has no ds, and none is read.
 
 Traffic: forward reads x and residual and writes s and y; backward reads dy, ds and s and writes d.
 """
@@ -48,9 +49,14 @@ def reference_fwd(
     return y, total, rstd
 
 
+def _given(dy: torch.Tensor | None, total: torch.Tensor) -> torch.Tensor:
+    """The gradient of y; zeros where y alone is not used, which is rare."""
+    return torch.zeros_like(total) if dy is None else dy
+
+
 def reference_bwd(
-    dy: torch.Tensor,
-    dsum: torch.Tensor,
+    dy: torch.Tensor | None,
+    dsum: torch.Tensor | None,
     total: torch.Tensor,
     weight: torch.Tensor | None,
     rstd: torch.Tensor,
@@ -62,6 +68,7 @@ def reference_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of x and of residual, and dweight, in plain PyTorch."""
     dtype = compute_dtype(total, weight)
+    dy = _given(dy, total)
     rest = (rstd, offset, cast)
     dweight = rms_norm.reference_bwd(dy, total, weight, *rest, False, need_weight)[1]
     if not (need_x or need_residual):
@@ -69,7 +76,8 @@ def reference_bwd(
     g, r = dy.to(dtype), rstd.to(dtype).unsqueeze(-1)
     scale = rms_norm.gain(weight, offset, dtype)
     g = g if scale is None else g * scale
-    d = rms_norm.row_gradient(g, total.to(dtype) * r, r, rms_norm.row_mean) + dsum.to(dtype)
+    d = rms_norm.row_gradient(g, total.to(dtype) * r, r, rms_norm.row_mean)
+    d = d if dsum is None else d + dsum.to(dtype)
     return empty_rows(total, total.dtype).copy_(d), dweight
 
 
@@ -95,8 +103,8 @@ def triton_fwd(
 
 
 def triton_bwd(
-    dy: torch.Tensor,
-    dsum: torch.Tensor,
+    dy: torch.Tensor | None,
+    dsum: torch.Tensor | None,
     total: torch.Tensor,
     weight: torch.Tensor | None,
     rstd: torch.Tensor,
@@ -107,6 +115,7 @@ def triton_bwd(
     need_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of x and of residual, and dweight, on the GPU."""
+    dy = _given(dy, total)
     needs = (need_x, need_residual, need_weight)
     if not norm_launch.launchable(total, weight, dy, dsum):
         return reference_bwd(dy, dsum, total, weight, rstd, offset, cast, *needs)
@@ -130,8 +139,8 @@ def _fake_fwd(
 
 
 def _fake_bwd(
-    dy: torch.Tensor,
-    dsum: torch.Tensor,
+    dy: torch.Tensor | None,
+    dsum: torch.Tensor | None,
     total: torch.Tensor,
     weight: torch.Tensor | None,
     rstd: torch.Tensor,
@@ -154,8 +163,8 @@ OPS = (
     OpSpec(
         forward="add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset, "
         "str cast, ScalarType out_dtype) -> (Tensor y, Tensor sum, Tensor rstd)",
-        backward="add_rms_norm_backward(Tensor dy, Tensor dsum, Tensor sum, Tensor? weight, "
-        "Tensor rstd, float offset, str cast, bool need_x, bool need_residual, bool need_weight) "
+        backward="add_rms_norm_backward(Tensor? dy, Tensor? dsum, Tensor sum, "
+        "Tensor? weight, Tensor rstd, float offset, str cast, bool need_x, bool need_residual, bool need_weight) "
         "-> (Tensor dx, Tensor dweight)",
         differentiable=("x", "residual", "weight"),
         outputs=2,

@@ -1,6 +1,7 @@
 """Which tile a norm's kernels take: a function of width, element size and the device's limits alone.
 
-Chosen by hand from bench/sweep_norms.py on an H200; nothing is measured when a kernel is used.
+Chosen by hand from bench/sweep_norms.py on an H100 and an H200; nothing is measured when a kernel
+is used. The backward of a sum with a residual was not swept: it follows the norm without one.
 """
 
 from __future__ import annotations
@@ -111,10 +112,11 @@ def _summing_tile(
 ) -> Tile:
     """The tile of a backward with weight gradients.
 
-    Bandwidth needs some 60 KiB in flight on a multiprocessor. Rows of up to 8192 numbers have 512
-    threads there with 128 registers each: two programs, which prefetch unless a row fills them, or
-    one program for wider rows and where much is read or summed. Where the sums fill the registers,
-    a row is read again rather than held.
+    Bandwidth needs some 60 KiB in flight on a multiprocessor, which has 512 threads with 128
+    registers each: two programs that prefetch, or one for wider rows. Rows of one to two and a half
+    thousand numbers have two programs of 128 threads: sums then go through few threads, and each of
+    them has enough of a row to do. Where the sums fill the registers, a row is read again rather
+    than held.
     """
     numbers = covered(width)
     if itemsize == 4:
@@ -124,22 +126,20 @@ def _summing_tile(
         stages = _stages(2, numbers * itemsize * (rows * inputs + 1), per_sm, limits)
         crowded = sums == 2 and piece_of(width) < numbers
         return Tile(rows, warps, per_sm, 1 if crowded else stages)
-    if piece_of(width) < numbers < 4096:
-        # Many short pieces: four programs of 128 threads, so that each has enough of a row to do.
-        threads, per_sm, rows = 128, 4, 1
-    else:
-        narrow = numbers <= 5120 or (sums == 1 and numbers <= (8192 if inputs == 2 else 6144))
-        threads, per_sm = (256, 2) if narrow else (512, 1)
-        rows = max(1, min(32, 4096 // power_of_two(numbers)))
+    # What is held of a second sum crowds out the weight, or a second program, earlier.
+    threads, per_sm = (256, 2) if numbers <= 6144 else (512, 1)
+    if 1024 <= numbers < 4096:
+        threads = 128
+    rows = max(1, min(32, 4096 // power_of_two(numbers)))
     warps = threads // limits.warp
     if numbers > 12288:
         again = wide or sums == 2 or inputs > 2
         return Tile(rows, warps, per_sm, reload=again, piece=8192 if sums == 2 or inputs > 2 else 0)
-    if sums == 1 and inputs == 2 and numbers == 8192:
-        return Tile(rows, warps, per_sm)
-    tile_bytes = numbers * itemsize * (rows * inputs + (2 if wide else 1))
-    stages = _stages(4 if rows * numbers < 4096 else 3, tile_bytes, per_sm, limits)
-    return Tile(rows, warps, per_sm, stages)
+    hoist = not wide and 4096 < numbers <= (8192 if sums == 2 else 12288)
+    # Two rows of one sum are enough bytes in flight; a third only waits for shared memory.
+    wanted = 2 if hoist and sums == 1 and numbers <= 6144 else 3
+    tile_bytes = numbers * itemsize * (rows * inputs + (0 if hoist else 2 if wide else 1))
+    return Tile(rows, warps, per_sm, _stages(wanted, tile_bytes, per_sm, limits), hoist)
 
 
 def sums_fit(width: int, itemsize: int, sums: int, wide: bool = False) -> bool:

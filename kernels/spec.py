@@ -25,7 +25,8 @@ class OpSpec:
         backward: schema of the backward. Its leading arguments are the gradients of the
             differentiable outputs, its trailing ones the ``bool need_<input>`` flags in the order of
             ``differentiable``; what lies between is given by ``save``. Empty where nothing is
-            differentiable; the second of each pair of implementations is then not used.
+            differentiable; the second of each pair of implementations is then not used. Where its
+            gradients are ``Tensor?``, an output that nobody used has None, else a tensor of zeros.
         differentiable: names of the inputs that may receive a gradient.
         outputs: how many leading outputs are differentiable; the rest are statistics.
         save: maps (inputs by name, all outputs) to the backward's middle arguments. Tensors among
@@ -54,3 +55,9 @@ class OpSpec:
     def name(self) -> str:
         """The operator's name in ``torch.ops.fusewright``."""
         return self.forward.split("(", 1)[0]
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the backward takes None for the gradient of an output that nobody used."""
+        kinds = self.backward.partition("(")[2].split(",")[: self.outputs]
+        return all(kind.strip().startswith("Tensor?") for kind in kinds)

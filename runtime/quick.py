@@ -63,6 +63,7 @@ def differentiated(
     ``dispatched`` is the backward for gradients that may not go past the dispatcher.
     """
     outputs, count = spec.outputs, len(args.watched)
+    sparse = spec.sparse
     targets = tuple(enumerate(spec.gradients or range(count)))
     watched_of = picker(args.watched)
     settle, look_back, settle_back = forward.settle, backward.look, backward.settle
@@ -91,6 +92,8 @@ def differentiated(
                     plan.kept = kept
             ctx.save_for_backward(*kept.tensors(values + made))
             ctx.kept = kept
+            if sparse:
+                ctx.set_materialize_grads(False)
             work.append(made)
             return made[0] if outputs == 1 else made[:outputs]
 

@@ -132,6 +132,7 @@ def _plain_rule(
     tensors, constants, order = selection
     results_at = spec.gradients or tuple(range(len(spec.differentiable)))
     watched, count, outputs = args.watched, len(args.names), spec.outputs
+    dense = not spec.sparse
     needs_of = picker(watched)
     targets = tuple(zip(range(len(watched)), watched, results_at, strict=True))
 
@@ -144,6 +145,7 @@ def _plain_rule(
                 pool = values + out
                 ctx.mark_non_differentiable(*out[outputs:])
                 ctx._materialize_non_diff_grads = False  # no zeros for the statistics
+                ctx.set_materialize_grads(dense)
             else:
                 pool = (*values, out)
             ctx.save_for_backward(*tensors(pool))
@@ -221,6 +223,7 @@ def _general_rule(spec: OpSpec, forward: Call, backward: Call, args: Arguments) 
             ctx.needs, ctx.layout = needs, layout
             ctx.mark_non_differentiable(*outputs[spec.outputs :])
             ctx._materialize_non_diff_grads = False  # no zeros for the statistics
+            ctx.set_materialize_grads(not spec.sparse)
             ctx.pieces = len(outputs[0]) if args.many else 0
             return (*outputs[0], *outputs[1:]) if args.many else out
 

@@ -134,12 +134,24 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 NAMES = tuple(ARCHITECTURES)
 
 # Instances per layer, and beside the layers, of what must be rewritten. RoPE counts each rotated
-# tensor, so q and k of one layer are two.
+# tensor, so q and k of one layer are two; what joins earlier rewrites is counted beside them.
 FIRED = {
     "llama": {"rms_norm": (2, 1), "add_rms_norm": (1, 0), "rope": (2, 0), "glu": (1, 0)},
-    "qwen3": {"rms_norm": (4, 1), "add_rms_norm": (1, 0), "rope": (2, 0), "glu": (1, 0)},
+    "qwen3": {
+        "rms_norm": (4, 1),
+        "add_rms_norm": (1, 0),
+        "rope": (2, 0),
+        "qk_norm_rope": (1, 0),
+        "glu": (1, 0),
+    },
     "gemma2": {"rms_norm": (4, 1), "add_rms_norm": (1, 0), "rope": (2, 0), "glu": (1, 0)},
-    "gemma3_text": {"rms_norm": (6, 1), "add_rms_norm": (1, 0), "rope": (2, 0), "glu": (1, 0)},
+    "gemma3_text": {
+        "rms_norm": (6, 1),
+        "add_rms_norm": (1, 0),
+        "rope": (2, 0),
+        "qk_norm_rope": (1, 0),
+        "glu": (1, 0),
+    },
     "phi3": {"rms_norm": (2, 1), "add_rms_norm": (1, 0), "rope": (2, 0), "glu": (1, 0)},
     "glm4": {"rms_norm": (4, 1), "add_rms_norm": (1, 0), "rope": (2, 0), "glu": (1, 0)},
 }

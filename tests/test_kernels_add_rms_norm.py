@@ -172,10 +172,12 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             x, w, r = torch.empty(8, width, dtype=dtype), torch.empty(width), torch.empty(8)
             args, tail = (EPS, 0.0, "input", dtype), (r, 0.0, "input", True, True)
             yield f"{dtype} {width}", lambda x=x, w=w, a=args: add_rms_norm.triton_fwd(x, x, w, *a)
-            for need in (False, True):
+            for need, ds in ((False, x), (True, x), (True, None)):
                 yield (
                     f"{dtype} {width} backward {need}",
-                    lambda x=x, w=w, t=tail, n=need: add_rms_norm.triton_bwd(x, x, x, w, *t, n),
+                    lambda x=x, s=ds, w=w, t=tail, n=need: add_rms_norm.triton_bwd(
+                        x, s, x, w, *t, n
+                    ),
                 )
 
 

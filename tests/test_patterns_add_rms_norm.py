@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import models
 import pytest
 import torch
+import training
 from graphs import check, named, rows, to_bf16
+
+import fusewright
 
 EPS, WIDTH = 1e-6, 8
 
@@ -85,3 +89,16 @@ def test_a_sum_changed_in_place_stays_a_norm() -> None:
         return y.detach() + s
 
     check(changed, _inputs(), {})
+
+
+def test_a_site_is_covered_once() -> None:
+    """Sites that are missed weigh as much beside a norm as beside a norm that took its sum."""
+    model = fusewright.optimize(models.build("llama4_text"), lowering="fx")
+    training.train_step(model, models.batch())
+    report = fusewright.report(model)
+    added = [r for r in report.rows if r.pattern == "add_rms_norm"]
+    assert report.counts["add_rms_norm"] and all(r.refines for r in added)
+    sites = [r for r in report.rows if r not in added]
+    fired = sum(r.count for r in sites if r.status == "fired")
+    assert report.coverage == fired / sum(r.count for r in sites) < 1
+    assert not any(r.refines for r in sites)

@@ -92,6 +92,13 @@ CASES: dict[str, Any] = {
     "add_rms_norm": lambda: (_new(2, 3, 16), _new(2, 3, 16), _new(16), *NORM),
     "layer_norm": lambda: (_new(2, 3, 16), _new(16), _new(16), *NORM),
     "rope": lambda: (_heads(4), _heads(2), _new(1, 1, 3, 16), _new(1, 1, 3, 16), "half", 16, F32),
+    "qk_norm_rope": lambda: (
+        *(_heads(4), _heads(2), _new(16), _new(16), *NORM),
+        *(_new(1, 1, 3, 16), _new(1, 1, 3, 16), "half", 16, F32),
+    ),
+    "gated_rms_norm": lambda: (
+        *(_new(2, 3, 16), _new(2, 3, 16), _new(16), *NORM[:3], "after", "silu", 16, F32),
+    ),
     "glu": lambda: (_new(2, 3, 16), _new(2, 3, 16), "silu", F32),
     "glu_packed": lambda: (_new(2, 3, 16), "silu", True, False, F32),
     "activation": lambda: (_new(2, 3, 16), "gelu", F32),

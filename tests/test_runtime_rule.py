@@ -51,6 +51,20 @@ def test_gradients_of_some_inputs_and_statistics_without() -> None:
     torch.testing.assert_close(dweight, (x * rstd[..., None]).sum(0))
 
 
+@pytest.mark.parametrize("used", [0, 1])
+def test_an_output_that_nobody_used_has_no_gradient(used: int) -> None:
+    x, e, w = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8), torch.randn(8)
+    out = OPS.add_rms_norm(x, e, w, 1e-6, 0.0, "output", torch.float32)[used]
+    with _Seen() as seen:
+        (dx,) = torch.autograd.grad(out, x, torch.ones(3, 8))
+    given = seen.arguments["fusewright.add_rms_norm_backward.default"]
+    assert given[1 - used] is None and given[used] is not None
+    if used == 1:
+        assert torch.equal(dx, torch.ones(3, 8))
+    else:
+        assert not [n for n in seen.names if "zeros" in n], seen.names
+
+
 def test_no_zeros_are_made_for_statistics() -> None:
     logits = torch.randn(3, 8, requires_grad=True)
     loss = OPS.cross_entropy(logits, torch.tensor([0, 1, 2]), *PLAIN)[0]
@@ -71,9 +85,11 @@ class _Seen(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.arguments: dict[str, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(str(func))
+        self.arguments[str(func)] = args
         return func(*args, **(kwargs or {}))
 
 
