@@ -80,6 +80,14 @@ def _right_operand(
 
 
 @triton.jit
+def _copied(m, wide_ptr, row, wide_row, copy, column, mask):
+    """Store a tile into the wide buffer, if its matrix is to be copied."""
+    to = wide_ptr + wide(row) * wide_row + column
+    to += tl.arange(0, m.shape[0])[:, None] * wide_row + tl.arange(0, m.shape[1])[None, :]
+    tl.store(to, m, mask=mask & (copy >= 0))
+
+
+@triton.jit
 def _added(
     total, m, v, v_row, column, width, like, R: tl.constexpr, TRANSPOSED: tl.constexpr,
     EVEN: tl.constexpr, MODE: tl.constexpr,
@@ -132,9 +140,7 @@ def _right(
         if SLOTS > 3:
             p3 = _added(p3, m, v3, v3_row, column, width, m0, R, TRANSPOSED, EVEN, MODE)
         if COPY:
-            to = wide_ptr + first_row.to(tl.int64) * wide_row + (copy + c)
-            to += line[:, None] * wide_row + tl.arange(0, BK)[None, :]
-            tl.store(to, m, mask=mask & (copy >= 0))
+            _copied(m, wide_ptr, first_row, wide_row, copy, copy + c, mask)
     if partial_ptr is not None:
         before = slab.to(tl.int64) * rows + first_row
         share_all(partial_ptr, before, p0, p1, p2, p3, there, SLOTS)
@@ -275,9 +281,7 @@ def _left(
             l3 = _slot(m, t, line, there, l3, h3, w3, u3, u3_row, right_ptr, before, m0,
                        3, SLOTS, R, RP, MODE, RIGHT)  # fmt: skip
         if COPY:
-            to = wide_ptr + wide(t) * wide_row + (copy + c)
-            to += line[:, None] * wide_row + tl.arange(0, BC)[None, :]
-            tl.store(to, m, mask=mask & (copy >= 0))
+            _copied(m, wide_ptr, t, wide_row, copy, copy + c, mask)
     inside = (column < width)[:, None]
     first = wide(part) * columns + c + pick(block, 0, before1, before2, before3, BLOCKS)
     share_all(left_ptr, first, l0, l1, l2, l3, inside, SLOTS)
