@@ -154,10 +154,14 @@ class Tile(NamedTuple):
     per_sm: int
 
 
-def right_tile(ranks: int, item: int, thin_item: int, mode: int, limits: Limits) -> Tile:
+def right_tile(
+    ranks: int, item: int, thin_item: int, mode: int, copy: bool, limits: Limits
+) -> Tile:
     """The tile of P alone; ``ranks`` padded columns of thin operands."""
     if mode == 2:
         tile = Tile(32, 32 if ranks < 64 else 16, 3, 4, 2)
+    elif mode and limits.shared < _ROOMY:
+        tile = Tile(64, 32 if copy else 64, 4, 8, 2)
     elif ranks << mode <= 64:  # halves take registers twice
         tile = Tile(64, 128, 4, 4, 2)
     else:
@@ -234,10 +238,10 @@ def _slabs(widths: Sequence[int], slab: int) -> tuple[tuple[int, int, int], int]
 @functools.lru_cache(maxsize=512)
 def right_cut(
     rows: int, widths: tuple[int, ...], ranks: int, item: int, thin_item: int, mode: int,
-    limits: Limits,
+    copy: bool, limits: Limits,
 ) -> Cut:  # fmt: skip
     """How P of matrices (rows, width) is made."""
-    tile = right_tile(ranks, item, thin_item, mode, limits)
+    tile = right_tile(ranks, item, thin_item, mode, copy, limits)
     tiles = -(-rows // tile.rows)
     steps = sum(-(-w // tile.columns) for w in widths)
     step_bytes = tile.rows * tile.columns * item
