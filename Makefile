@@ -1,7 +1,7 @@
 # make demo    train a small language model, eager and optimised side by side
 # make test    the whole CPU suite          (make test ARGS="-k parity")
 # make lint    ruff, mypy, import-linter
-# make bench   the parity table of docs/parity.md
+# make bench   the parity table of docs/parity.md, and the training step on this CPU
 # make clean   remove what the others made
 #
 # Needs Python 3.10 or newer and a C++ compiler; everything else is installed into .venv.
@@ -11,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
+STEP_ARGS ?=
 
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_VERBOSITY := error
@@ -35,6 +36,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python bench/parity_table.py $(ARGS)
+	$(BIN)/python bench/bench_cpu_step.py $(STEP_ARGS)
 
 clean:
 	rm -rf $(VENV) artifacts build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

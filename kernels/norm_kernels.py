@@ -212,6 +212,74 @@ def _weights(
 
 
 @triton.jit
+def _pieces(
+    ptr, there, width, PIECE: tl.constexpr, PIECES: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    """All pieces of some rows."""
+    pieces = ()
+    for at in tl.static_range(PIECES):
+        columns = _columns(at, PIECE)
+        mask = _mask(there, columns, width, at, PIECES, EVEN)
+        pieces = pieces + (tl.load(ptr + columns, mask=mask, other=0.0),)
+    return pieces
+
+
+@triton.jit
+def _held(
+    weights, ptr, columns, width, at: tl.constexpr, PIECES: tl.constexpr, EVEN: tl.constexpr,
+    AGAIN: tl.constexpr,
+):  # fmt: skip
+    """A piece of the weight, from registers or from the cache."""
+    if AGAIN:
+        return _vector(ptr, columns, width, at, PIECES, EVEN)
+    else:
+        return weights[at]
+
+
+@triton.jit
+def _means(products, shifts, width, CENTERED: tl.constexpr):
+    """mean(g x^), and mean(g) where the norm is centred."""
+    if CENTERED:
+        return _two_means(products, shifts, width)
+    else:
+        along = _mean(products, width)
+        return along, along
+
+
+@triton.jit
+def _store_dx(
+    row, there, taken, given, weights, along, shift, mean, rstd, x_at, dy_at,
+    dsum_ptr, weight_ptr, dx_ptr, width, inner, dsum_outer, dsum_inner,
+    OFFSET: tl.constexpr, CENTERED: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
+    EVEN: tl.constexpr, HOIST: tl.constexpr, RELOAD: tl.constexpr,
+):  # fmt: skip
+    """Store dx of a tile whose means are known."""
+    for at in tl.static_range(PIECES):
+        columns = _columns(at, PIECE)
+        mask = _mask(there, columns, width, at, PIECES, EVEN)
+        if RELOAD:
+            # The row is in the first cache now; to hold it would cost another its registers.
+            t = tl.load(x_at + columns, mask=mask, other=0.0, eviction_policy="evict_first")
+            g = tl.load(dy_at + columns, mask=mask, other=0.0, eviction_policy="evict_first")
+        else:
+            t, g = taken[at], given[at]
+        xhat = _normalised(t, mean, rstd, columns, width, at, PIECES, CENTERED, EVEN)
+        g = g.to(tl.float32)
+        if weight_ptr is not None:
+            w = _held(weights, weight_ptr, columns, width, at, PIECES, EVEN, RELOAD and not HOIST)
+            g = g * (w.to(tl.float32) + OFFSET)
+        d = g - xhat * along
+        if CENTERED:
+            d -= shift
+        d = d * rstd
+        if dsum_ptr is not None:
+            dsum_at = row_offset(row, inner, dsum_outer, dsum_inner) + columns
+            d += tl.load(dsum_ptr + dsum_at, mask=mask, other=0.0).to(tl.float32)
+        dx_at = row.to(tl.int64)[:, None] * width + columns
+        tl.store(dx_ptr + dx_at, d.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _backward_tile(
     first, held, dweight, dbias,
     dy_ptr, dsum_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr,
@@ -232,11 +300,8 @@ def _backward_tile(
     taken, given = (), ()
     if not RELOAD:
         # All of the row is asked for before any of it is used: more bytes are in flight.
-        for at in tl.static_range(PIECES):
-            columns = _columns(at, PIECE)
-            mask = _mask(there, columns, width, at, PIECES, EVEN)
-            taken = taken + (tl.load(x_at + columns, mask=mask, other=0.0),)
-            given = given + (tl.load(dy_at + columns, mask=mask, other=0.0),)
+        taken = _pieces(x_at, there, width, PIECE, PIECES, EVEN)
+        given = _pieces(dy_at, there, width, PIECE, PIECES, EVEN)
     weights = held
     if not (HOIST or RELOAD):
         weights = _weights(weight_ptr, width, PIECE, PIECES, EVEN)
@@ -260,46 +325,18 @@ def _backward_tile(
             db += g
         new_dweight, new_dbias = new_dweight + (dw,), new_dbias + (db,)
         if weight_ptr is not None:
-            if RELOAD and not HOIST:
-                w = _vector(weight_ptr, columns, width, at, PIECES, EVEN)
-            else:
-                w = weights[at]
+            w = _held(weights, weight_ptr, columns, width, at, PIECES, EVEN, RELOAD and not HOIST)
             g = g * (w.to(tl.float32) + OFFSET)
         products += g * xhat
         if CENTERED:
             shifts += g
     if dx_ptr is not None:
-        if CENTERED:
-            along, shift = _two_means(products, shifts, width)
-        else:
-            along = _mean(products, width)
-            shift = along
-        for at in tl.static_range(PIECES):
-            columns = _columns(at, PIECE)
-            mask = _mask(there, columns, width, at, PIECES, EVEN)
-            if RELOAD:
-                # The row is in the first cache now; to hold it would cost another its registers.
-                t = tl.load(x_at + columns, mask=mask, other=0.0, eviction_policy="evict_first")
-                g = tl.load(dy_at + columns, mask=mask, other=0.0, eviction_policy="evict_first")
-            else:
-                t, g = taken[at], given[at]
-            xhat = _normalised(t, mean, rstd, columns, width, at, PIECES, CENTERED, EVEN)
-            g = g.to(tl.float32)
-            if weight_ptr is not None:
-                if RELOAD and not HOIST:
-                    w = _vector(weight_ptr, columns, width, at, PIECES, EVEN)
-                else:
-                    w = weights[at]
-                g = g * (w.to(tl.float32) + OFFSET)
-            d = g - xhat * along
-            if CENTERED:
-                d -= shift
-            d = d * rstd
-            if dsum_ptr is not None:
-                dsum_at = row_offset(row, inner, dsum_outer, dsum_inner) + columns
-                d += tl.load(dsum_ptr + dsum_at, mask=mask, other=0.0).to(tl.float32)
-            dx_at = row.to(tl.int64)[:, None] * width + columns
-            tl.store(dx_ptr + dx_at, d.to(dx_ptr.dtype.element_ty), mask=mask)
+        along, shift = _means(products, shifts, width, CENTERED)
+        _store_dx(
+            row, there, taken, given, weights, along, shift, mean, rstd, x_at, dy_at,
+            dsum_ptr, weight_ptr, dx_ptr, width, inner, dsum_outer, dsum_inner,
+            OFFSET, CENTERED, PIECE, PIECES, EVEN, HOIST, RELOAD,
+        )  # fmt: skip
     return new_dweight, new_dbias
 
 

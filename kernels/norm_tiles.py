@@ -100,7 +100,7 @@ def backward_tile(
     if numbers > 8192:
         # Two programs of 512 threads on a multiprocessor have 64 registers a thread.
         single, widest = itemsize == 4, numbers > 12288
-        piece = 2048 if widest and not (single or wide) else 0
+        piece = 0 if not widest or (wide and not single) else 4096 if single else 2048
         again = single or not (wide and widest)
         return Tile(1, _warps(numbers, 16 if single else 24, limits), reload=again, piece=piece)
     return Tile(rows, _warps(rows * numbers, 16, limits))
@@ -144,6 +144,7 @@ def _summing_tile(
 
 def sums_fit(width: int, itemsize: int, sums: int, wide: bool = False) -> bool:
     """Whether a row of partial sums fits in registers beside the rows that are read."""
-    if sums == 1 or covered(width) <= 8192:
-        return True
-    return itemsize == 2 and not wide
+    numbers = covered(width)
+    if itemsize == 4:
+        return numbers <= (12288 if sums == 1 else 8192)
+    return sums == 1 or numbers <= 8192 or not wide

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fusewright.compiler.match import Pattern
+from fusewright.patterns.add_rms_norm import AddRMSNorm
 from fusewright.patterns.cross_entropy import CrossEntropy, LinearCrossEntropy
 from fusewright.patterns.glu import GLU
 from fusewright.patterns.layer_norm import LayerNorm
@@ -15,6 +16,7 @@ DEFAULT: tuple[Pattern, ...] = (
     CrossEntropy(),
     LayerNorm(),
     RMSNorm(),
+    AddRMSNorm(),
     RoPE(),
     LoRA(),
     GLU(),

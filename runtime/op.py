@@ -56,7 +56,7 @@ def register(spec: OpSpec, library: torch.library.Library, device: str = "cuda")
     if spec.backward:
         _differentiate(spec, library, inner, plans, device)
     elif plans[0] is not None:
-        quick.shorten(_packet(inner), plans[0], plans[0].tensors, None, device)
+        quick.shorten(_packet(inner), plans[0], plans[0].tensors, None)
 
 
 def _packet(name: str) -> Any:
@@ -87,8 +87,8 @@ def _differentiate(
         if forward_plan is not None and backward_plan is not None:
             rule = quick.differentiated(spec, arguments, forward_plan, backward_plan, backward)
             short = quick.way(forward_plan, watched, rule)
-            quick.shorten(_packet(spec.name), forward_plan, watched, rule, device)
-            quick.shorten(backward_packet, backward_plan, backward_plan.tensors, None, device)
+            quick.shorten(_packet(spec.name), forward_plan, watched, rule)
+            quick.shorten(backward_packet, backward_plan, backward_plan.tensors, None)
     apply = applied(spec, forward, backward, arguments)
 
     def autograd(*values: Any) -> Any:

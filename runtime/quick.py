@@ -115,7 +115,7 @@ def differentiated(
 
 
 def shorten(
-    packet: Any, planned: Planned, watched: tuple[int, ...], with_grad: Call | None, device: str
+    packet: Any, planned: Planned, watched: tuple[int, ...], with_grad: Call | None
 ) -> None:
     """Have Python's calls of an op take the short way where they may.
 
@@ -129,7 +129,7 @@ def shorten(
     included = torch._C._dispatch_tls_is_dispatch_key_included
     excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
     pre_dispatch = torch._C.DispatchKey.PreDispatch
-    autograd = torch._C._dispatch_key_parse(f"Autograd{device.upper()}")
+    autograd = torch._C.DispatchKey.AutogradOther  # with it every device's is excluded
     recording = torch.is_grad_enabled
 
     def call(self: Any, /, *values: Any, **named: Any) -> Any:

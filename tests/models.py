@@ -136,12 +136,12 @@ NAMES = tuple(ARCHITECTURES)
 # Instances per layer, and beside the layers, of what must be rewritten. RoPE counts each rotated
 # tensor, so q and k of one layer are two.
 FIRED = {
-    "llama": {"rms_norm": (2, 1), "rope": (2, 0), "glu": (1, 0)},
-    "qwen3": {"rms_norm": (4, 1), "rope": (2, 0), "glu": (1, 0)},
-    "gemma2": {"rms_norm": (4, 1), "rope": (2, 0), "glu": (1, 0)},
-    "gemma3_text": {"rms_norm": (6, 1), "rope": (2, 0), "glu": (1, 0)},
-    "phi3": {"rms_norm": (2, 1), "rope": (2, 0), "glu": (1, 0)},
-    "glm4": {"rms_norm": (4, 1), "rope": (2, 0), "glu": (1, 0)},
+    "llama": {"rms_norm": (2, 1), "add_rms_norm": (1, 0), "rope": (2, 0), "glu": (1, 0)},
+    "qwen3": {"rms_norm": (4, 1), "add_rms_norm": (1, 0), "rope": (2, 0), "glu": (1, 0)},
+    "gemma2": {"rms_norm": (4, 1), "add_rms_norm": (1, 0), "rope": (2, 0), "glu": (1, 0)},
+    "gemma3_text": {"rms_norm": (6, 1), "add_rms_norm": (1, 0), "rope": (2, 0), "glu": (1, 0)},
+    "phi3": {"rms_norm": (2, 1), "add_rms_norm": (1, 0), "rope": (2, 0), "glu": (1, 0)},
+    "glm4": {"rms_norm": (4, 1), "add_rms_norm": (1, 0), "rope": (2, 0), "glu": (1, 0)},
 }
 
 # Rounding may turn a top-k choice over, and then a comparison of rounding errors says nothing:

@@ -1,0 +1,104 @@
+"""Where one training step's GPU time goes: kernels by name, sorted into classes, and the idle rest."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+CLASSES = ("gemm", "attention", "pointwise", "loss", "copy", "dequantise", "optimizer")
+TOP = 40
+# Looked for in this order in a kernel's name in small letters. A class with nothing to find is
+# everything else: element by element, norms, rotary embeddings, reductions.
+_WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("copy", ("memcpy", "memset", "direct_copy_kernel", "catarraybatchedcopy", "copy_device")),
+    ("attention", ("flash", "fmha", "cudnn_generated", "sdpa", "attention", "attn")),
+    (
+        "loss",
+        ("cross_entropy", "softmax", "nll_loss", "cce_", "indexed_neg_dot", "indexed_dot", "_fl_",
+         "loss_and_gradient", "scale_to"),
+    ),
+    ("dequantise", ("dequant", "quantize", "4bit", "nf4")),
+    (
+        "gemm",
+        ("gemm", "cutlass", "nvjet", "cublas", "xmma", "gemv", "splitk", "split_k", "dot_kernel",
+         "thin", "skinny"),
+    ),
+    ("optimizer", ("adam", "multi_tensor", "foreach")),
+)  # fmt: skip
+# Ranges that the profiler mirrors on the GPU's timeline: no kernels.
+_RANGES = ("##", "ProfilerStep", "Optimizer.", "Torch-Compiled", "Lock", "aten::", "autograd::")
+
+Event = tuple[int, int, str]  # start in ns, duration in ns, name
+
+
+def kind_of(name: str) -> str:
+    """The class of a kernel, by its name."""
+    small = name.lower()
+    if small.startswith("triton_") and not small.startswith("triton_tem"):
+        # Inductor names a kernel by what it fuses: a copy or a product among it does not make it one.
+        return "loss" if "softmax" in small or "nll" in small else "pointwise"
+    for kind, words in _WORDS:
+        if any(word in small for word in words):
+            return kind
+    return "pointwise"
+
+
+def busy(events: Sequence[Event]) -> int:
+    """Nanoseconds in which at least one of the events runs."""
+    total = end = 0
+    for start, duration, _ in sorted(events):
+        begin = max(start, end)
+        total += max(0, start + duration - begin)
+        end = max(end, start + duration)
+    return total
+
+
+def summary(events: Sequence[Event]) -> dict[str, Any]:
+    """Milliseconds by class, busy time, launches, and the kernels that take the most time.
+
+    ``top`` lists [name, class, milliseconds, launches, microseconds a launch].
+    """
+    kinds: dict[str, int] = defaultdict(int)
+    names: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for _, duration, name in events:
+        kinds[kind_of(name)] += duration
+        names[name][0] += duration
+        names[name][1] += 1
+    top = sorted(names.items(), key=lambda item: -item[1][0])[:TOP]
+    whole = sum(kinds.values()) or 1
+    return {
+        "busy_ms": round(busy(events) / 1e6, 3),
+        "kernels": len(events),
+        "launches": sum("memcpy" not in n.lower() and "memset" not in n.lower()
+                        for _, _, n in events),
+        "class_ms": {k: round(kinds[k] / 1e6, 3) for k in CLASSES},
+        "share": {k: round(kinds[k] / whole, 4) for k in CLASSES},
+        "top": [
+            [name[:160], kind_of(name), round(ns / 1e6, 3), count, round(ns / count / 1e3, 1)]
+            for name, (ns, count) in top
+        ],
+    }  # fmt: skip
+
+
+def profile_step(step: Callable[[], Any]) -> dict[str, Any]:
+    """Run one step under the profiler, the GPU's side alone unless that records nothing."""
+    for activities in ([ProfilerActivity.CUDA], [ProfilerActivity.CUDA, ProfilerActivity.CPU]):
+        step()
+        torch.cuda.synchronize()
+        with profile(activities=activities) as record:
+            step()
+            torch.cuda.synchronize()
+        events = [
+            (e.start_ns(), e.duration_ns(), e.name())
+            for e in record.profiler.kineto_results.events()
+            if e.device_type() == torch.autograd.DeviceType.CUDA
+            and e.duration_ns() > 0
+            and not e.name().startswith(_RANGES)
+        ]
+        if events:
+            return summary(events)
+    raise RuntimeError("the profiler recorded no kernel")
