@@ -14,7 +14,8 @@ A launch has up to four matrices with one thin operand each, or one matrix with 
 all thin operands of a launch have the same rank R, padded to RP columns.
 
 MODE 0: both operands in the same 16 bits. MODE 1: M in bfloat16, the thin operand in float32, taken
-as the sum of two bfloat16 (``halves``). MODE 2: float32 arithmetic throughout.
+as the sum of three bfloat16, which is exact. MODE 2: float32 arithmetic throughout. In modes 1 and 2
+the products of a tile are summed by themselves and then added, so that sums stay short.
 """
 
 from __future__ import annotations
@@ -41,24 +42,30 @@ def _rounded(thin, like, MODE: tl.constexpr):
 
 @triton.jit
 def _rest(thin, like, MODE: tl.constexpr):
-    """What rounding the thin operand to 16 bits left over, in 16 bits."""
+    """What rounding the thin operand to 16 bits left over, as two parts of 16 bits."""
     if MODE == 1:
         high = thin.to(like.dtype.element_ty)
-        return (thin - high.to(tl.float32)).to(like.dtype.element_ty)
+        rest = thin - high.to(tl.float32)
+        low = rest.to(like.dtype.element_ty)
+        return low, (rest - low.to(tl.float32)).to(like.dtype.element_ty)
     else:
-        return thin
+        return thin, thin
 
 
 @triton.jit
 def _product(m, high, low, total, MODE: tl.constexpr):
-    """total + m (high + low), accumulated in float32."""
+    """total + m (high + low + lowest), accumulated in float32; ``low`` is a pair."""
     if MODE == 2:
-        return tl.dot(m.to(tl.float32), high, total, input_precision="ieee")
+        return total + tl.dot(m.to(tl.float32), high, input_precision="ieee")
+    middle, lowest = low
     if WIDEN:
-        m, high, low = m.to(tl.float32), high.to(tl.float32), low.to(tl.float32)
-    total = tl.dot(m, high, total)
+        m, high = m.to(tl.float32), high.to(tl.float32)
+        middle, lowest = middle.to(tl.float32), lowest.to(tl.float32)
     if MODE == 1:
-        total = tl.dot(m, low, total)
+        part = tl.dot(m, middle, tl.dot(m, lowest))
+        total += tl.dot(m, high, part)
+    else:
+        total = tl.dot(m, high, total)
     return total
 
 
@@ -221,7 +228,7 @@ def _v_of(
         t = _right_operand(ptr, column, width, stride, R, RP, TRANSPOSED, EVEN)
         return _rounded(t, like, MODE), _rest(t, like, MODE)
     else:
-        return 0, 0
+        return 0, (0, 0)
 
 
 @triton.jit
