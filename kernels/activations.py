@@ -17,6 +17,8 @@ gelu_tanh is 0.5 x (1 + tanh u): as a sigmoid it keeps its relative precision wh
 and 1 - s(z) is computed as s(-z) for the same reason.
 At their kinks relu and relu2 have slope 0, as in torch.
 
+An activation may also be given as text, value and derivative: see ``expressions``.
+
 Sources: D. Hendrycks and K. Gimpel, "Gaussian Error Linear Units", 2016; P. Ramachandran et al.,
 "Searching for Activation Functions", 2017; D. So et al., "Primer", 2021 (relu2).
 Traffic: forward reads and writes one element; backward reads two and writes one.
@@ -24,12 +26,14 @@ Traffic: forward reads and writes one element; backward reads two and writes one
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fusewright.kernels import expressions
 from fusewright.kernels.elementary import GELU_A, GELU_K, INV_SQRT_2PI, QUICK, SQRT_HALF
 from fusewright.kernels.glu_kernels import launch_activation_backward, launch_activation_forward
 from fusewright.kernels.launch import launchable
@@ -47,11 +51,13 @@ class Activation:
         formula: (sympy, x) to the defining expression; tests only.
         value: (m, x) to the activation.
         slope: (m, x) to its derivative.
+        up: what a gated unit applies to its other operand; None for nothing.
     """
 
     formula: Callable[[Any, Any], Any]
     value: Callable[[Elementary, Any], Any]
     slope: Callable[[Elementary, Any], Any]
+    up: Activation | None = None
 
 
 def swish_value(m: Elementary, x: Any, beta: float) -> Any:
@@ -128,16 +134,44 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def lookup(name: str) -> Activation:
-    """The activation called ``name``; a ValueError names the ones there are."""
+    """The activation called ``name``, or given as text; a ValueError names the ones there are."""
     found = ACTIVATIONS.get(name)
+    if found is None and expressions.is_expression(name):
+        return _written(name)
     if found is None:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {name!r}")
     return found
 
 
+@functools.lru_cache(maxsize=1024)
+def _written(text: str) -> Activation:
+    """The activation that a text describes, over torch alone."""
+
+    def part(number: int, up: Activation | None) -> Activation:
+        expressions.program(text, number)  # refuse it now
+
+        def value(m: Elementary, x: Any) -> Any:
+            return expressions.evaluate(text, x, number)[0]
+
+        def slope(m: Elementary, x: Any) -> Any:
+            return expressions.evaluate(text, x, number)[1]
+
+        return Activation(lambda sp, x: sp.sympify(text.split(";")[2 * number]), value, slope, up)
+
+    return part(0, part(1, None) if expressions.has_up(text) else None)
+
+
+def _plain(name: str) -> Activation:
+    """An activation of one tensor; a ValueError where it is a gated unit's."""
+    act = lookup(name)
+    if act.up is not None:
+        raise ValueError(f"activation: expected a function of one tensor, got {name!r}")
+    return act
+
+
 def reference_fwd(x: torch.Tensor, activation: str, out_dtype: torch.dtype) -> torch.Tensor:
     """act(x) in plain PyTorch."""
-    act = lookup(activation)
+    act = _plain(activation)
     y: torch.Tensor = act.value(torch, x.to(compute_dtype(x)))
     return torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format).copy_(y)
 
@@ -147,13 +181,13 @@ def reference_bwd(dy: torch.Tensor, x: torch.Tensor, activation: str, need_x: bo
     if not need_x:
         return absent(x)
     dtype = compute_dtype(x)
-    dx: torch.Tensor = dy.to(dtype) * lookup(activation).slope(torch, x.to(dtype))
+    dx: torch.Tensor = dy.to(dtype) * _plain(activation).slope(torch, x.to(dtype))
     return torch.empty_like(x, memory_format=torch.contiguous_format).copy_(dx)
 
 
 def triton_fwd(x: torch.Tensor, activation: str, out_dtype: torch.dtype) -> torch.Tensor:
     """act(x) by a kernel."""
-    lookup(activation)
+    _plain(activation)
     if x.dim() == 0 or not launchable(x, out_dtype):
         return reference_fwd(x, activation, out_dtype)
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)

@@ -5,7 +5,8 @@ result shows; without it they use the hardware's fast exponential and division, 
 float32 units disappears in the rounding to 16 bits.
 
 ``value`` and ``value_and_slope`` are the activations of ``activations``; ``beta`` is the slope
-parameter of "swish" and is not read otherwise. The complement 1 - sigmoid(x) is sigmoid(-x), which
+parameter of "swish" and is not read otherwise. An activation that is text is walked instruction by
+instruction while the kernel is compiled. The complement 1 - sigmoid(x) is sigmoid(-x), which
 costs one product and does not cancel.
 """
 
@@ -83,9 +84,142 @@ def tanh_and_slope(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def expm1(x, PRECISE: tl.constexpr):
+    """e^x - 1; near zero as 2 t / (1 - t) with t = tanh(x / 2), where the difference would cancel."""
+    t, _ = tanh_and_slope(x * 0.5, PRECISE)
+    return tl.where(tl.abs(x) < 1.0, divide(t + t, 1.0 - t, PRECISE), exp(x, PRECISE) - 1.0)
+
+
+@triton.jit
+def softplus(x, PRECISE: tl.constexpr):
+    """log(1 + e^x) as max(x, 0) + log1p(e), e = exp(-|x|).
+
+    log1p(e) is log(u) e / (u - 1) with u = 1 + e rounded: the factor undoes the rounding of u.
+    """
+    e = exp(-tl.abs(x), PRECISE)
+    u = 1.0 + e
+    lost = u == 1.0
+    tail = tl.where(lost, e, divide(tl.log(u) * e, tl.where(lost, 1.0, u - 1.0), PRECISE))
+    return tl.where(x > 0, x, tl.where(x <= 0, 0.0, x)) + tail
+
+
+# What a compiling kernel may call: Triton follows every global function that these name, and would
+# refuse the parser, so it is imported where it is called.
+@triton.constexpr_function
+def _steps(text, part):
+    """How many instructions the text has."""
+    from fusewright.kernels.expressions import program
+
+    return len(program(text, part).steps)
+
+
+@triton.constexpr_function
+def _operation(text, part, at):
+    from fusewright.kernels.expressions import program
+
+    return program(text, part).steps[at].operation
+
+
+@triton.constexpr_function
+def _operand(text, part, at, which):
+    """The number of an instruction's operand; of one that it has not, 0."""
+    from fusewright.kernels.expressions import program
+
+    operands = program(text, part).steps[at].operands
+    return operands[which] if which < len(operands) else 0
+
+
+@triton.constexpr_function
+def _constant(text, part, at):
+    from fusewright.kernels.expressions import program
+
+    return program(text, part).steps[at].constant
+
+
+@triton.constexpr_function
+def _result(text, part, which):
+    from fusewright.kernels.expressions import program
+
+    return program(text, part).results[which]
+
+
+@triton.constexpr_function
+def _is_expression(activation):
+    return ";" in activation
+
+
+@triton.constexpr_function
+def _has_up(activation):
+    return activation.count(";") == 3
+
+
+@triton.jit
+def _apply(a, b, c, OPERATION: tl.constexpr, CONSTANT: tl.constexpr, PRECISE: tl.constexpr):
+    """One instruction of a text."""
+    if OPERATION == "const":
+        y = tl.full(a.shape, CONSTANT, tl.float32)
+    elif OPERATION == "neg":
+        y = -a
+    elif OPERATION == "add":
+        y = a + b
+    elif OPERATION == "sub":
+        y = a - b
+    elif OPERATION == "mul":
+        y = a * b
+    elif OPERATION == "div":
+        y = divide(a, b, PRECISE)
+    elif OPERATION == "exp":
+        y = exp(a, PRECISE)
+    elif OPERATION == "log":
+        y = tl.log(a)
+    elif OPERATION == "sqrt":
+        y = tl.sqrt_rn(a) if PRECISE else tl.sqrt(a)
+    elif OPERATION == "abs":
+        y = tl.abs(a)
+    elif OPERATION == "tanh":
+        y, _ = tanh_and_slope(a, PRECISE)
+    elif OPERATION == "erf":
+        y = tl.erf(a)
+    elif OPERATION == "expm1":
+        y = expm1(a, PRECISE)
+    elif OPERATION == "sigmoid":
+        y, _ = sigmoids(a, PRECISE)
+    elif OPERATION == "softplus":
+        y = softplus(a, PRECISE)
+    elif OPERATION == "relu":
+        y = tl.where(a <= 0, 0.0, a)
+    elif OPERATION == "least":
+        y = tl.where(a < b, b, a)
+    elif OPERATION == "most":
+        y = tl.where(a > b, b, a)
+    elif OPERATION == "where":
+        y = tl.where(a > 0, b, c)
+    else:
+        tl.static_assert(OPERATION == "since")
+        y = tl.where(a >= 0, b, c)
+    return y
+
+
+@triton.jit
+def evaluate(x, TEXT: tl.constexpr, PART: tl.constexpr, PRECISE: tl.constexpr):
+    """Both expressions of a part of the text; the loop is gone when the kernel is compiled."""
+    values = (x,)
+    for at in tl.static_range(_steps(TEXT, PART)):
+        a = values[_operand(TEXT, PART, at, 0)]
+        b = values[_operand(TEXT, PART, at, 1)]
+        c = values[_operand(TEXT, PART, at, 2)]
+        y = _apply(a, b, c, _operation(TEXT, PART, at), _constant(TEXT, PART, at), PRECISE)
+        values = values + (y,)  # type: ignore[assignment]
+    return values[_result(TEXT, PART, 0)], values[_result(TEXT, PART, 1)]
+
+
+@triton.jit
 def value_and_slope(x, beta, ACTIVATION: tl.constexpr, PRECISE: tl.constexpr):
     """act(x) and act'(x)."""
-    if ACTIVATION == "silu":
+    if _is_expression(ACTIVATION):
+        y, slope = evaluate(x, ACTIVATION, 0, PRECISE)
+        return y, slope
+    elif ACTIVATION == "silu":
         s, c = sigmoids(x, PRECISE)
         return x * s, s * (1.0 + x * c)
     elif ACTIVATION == "swish":
@@ -123,3 +257,13 @@ def value(x, beta, ACTIVATION: tl.constexpr, PRECISE: tl.constexpr):
     """act(x); what only the slope needs is dropped by the compiler."""
     y, _ = value_and_slope(x, beta, ACTIVATION, PRECISE)
     return y
+
+
+@triton.jit
+def up_and_slope(up, ACTIVATION: tl.constexpr, PRECISE: tl.constexpr):
+    """h(up) and h'(up) of a gated unit whose text has them; otherwise up and 1."""
+    if _has_up(ACTIVATION):
+        h, slope = evaluate(up, ACTIVATION, 1, PRECISE)
+        return h, slope
+    else:
+        return up, tl.full(up.shape, 1.0, tl.float32)

@@ -9,6 +9,9 @@ Backward:
 and for the packed form both go into one buffer laid out like gate_up, so that the gradient of the
 projection's input is one GEMM.
 
+Where the activation is text with four expressions, y = f(gate) h(up), and
+    dgate = dy h(up) f'(gate)           dup = dy f(gate) h'(up)
+
 Clamped (limit L > 0, slope parameter alpha), with g = min(gate, L) and u = min(max(up, -L), L):
     y = (u + 1) g s(alpha g)
     dgate = dy (u + 1) (g s(alpha g))' [gate <= L]      dup = dy g s(alpha g) [-L <= up <= L]
@@ -74,7 +77,9 @@ def check_pair(gate: torch.Tensor, up: torch.Tensor) -> None:
 
 def _value(gate: torch.Tensor, up: torch.Tensor, form: Form) -> torch.Tensor:
     if isinstance(form[0], str):
-        plain: torch.Tensor = lookup(form[0]).value(torch, gate) * up
+        act = lookup(form[0])
+        h = up if act.up is None else act.up.value(torch, up)
+        plain: torch.Tensor = act.value(torch, gate) * h
         return plain
     alpha, limit = form
     g, u = gate.clamp(max=limit), up.clamp(-limit, limit)
@@ -85,7 +90,10 @@ def _value(gate: torch.Tensor, up: torch.Tensor, form: Form) -> torch.Tensor:
 def _grads(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, form: Form) -> Pair:
     if isinstance(form[0], str):
         act = lookup(form[0])
-        return dy * up * act.slope(torch, gate), dy * act.value(torch, gate)
+        h = up if act.up is None else act.up.value(torch, up)
+        dup = dy * act.value(torch, gate)
+        dup = dup if act.up is None else dup * act.up.slope(torch, up)
+        return dy * h * act.slope(torch, gate), dup
     alpha, limit = form
     g, u = gate.clamp(max=limit), up.clamp(-limit, limit)
     dgate = dy * (u + 1.0) * swish_slope(torch, g, alpha)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from fusewright.kernels.elementary import value, value_and_slope
+from fusewright.kernels.elementary import up_and_slope, value, value_and_slope
 from fusewright.kernels.launch import on_device_of, row_stride, rows_of, tl, triton
 from fusewright.kernels.launcher import Launcher
 
@@ -70,7 +70,8 @@ def glu_forward(
         g, u = _clamp(gate, up, limit)
         y = (u + 1.0) * value(g, alpha, "swish", PRECISE)
     else:
-        y = value(gate, alpha, ACTIVATION, PRECISE) * up
+        h, _ = up_and_slope(up, ACTIVATION, PRECISE)
+        y = value(gate, alpha, ACTIVATION, PRECISE) * h
     tl.store(y_ptr + row * y_row + columns, y, mask=inside)
 
 
@@ -99,8 +100,9 @@ def glu_backward(
         dup = tl.where(tl.abs(up) > limit, 0.0, dy * act)
     else:
         act, slope = value_and_slope(gate, alpha, ACTIVATION, PRECISE)
-        dgate = dy * up * slope
-        dup = dy * act
+        h, up_slope = up_and_slope(up, ACTIVATION, PRECISE)
+        dgate = dy * h * slope
+        dup = dy * act * up_slope
     if INTERLEAVED:
         both = tl.interleave(dgate, dup) if GATE_FIRST else tl.interleave(dup, dgate)
         pairs = 2 * first + tl.arange(0, 2 * BLOCK)

@@ -19,7 +19,7 @@ try:
     HAS_TRITON = True
 except ModuleNotFoundError:
     HAS_TRITON = False
-    triton = SimpleNamespace(jit=lambda f: f)
+    triton = SimpleNamespace(jit=lambda f: f, constexpr_function=lambda f: f)
     tl = SimpleNamespace(constexpr=lambda value: value)
 
 __all__ = ["HAS_TRITON", "launchable", "on_device_of", "row_stride", "rows_of", "tl", "triton"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fusewright.compiler.match import Pattern
+from fusewright.patterns.activation import Activation
 from fusewright.patterns.add_rms_norm import AddRMSNorm
 from fusewright.patterns.cross_entropy import CrossEntropy, LinearCrossEntropy
 from fusewright.patterns.glu import GLU
@@ -20,4 +21,5 @@ DEFAULT: tuple[Pattern, ...] = (
     RoPE(),
     LoRA(),
     GLU(),
+    Activation(),
 )
