@@ -21,6 +21,7 @@ def catalogue() -> tuple[OpSpec, ...]:
         linear_cross_entropy,
         lora,
         nf4,
+        qlora,
         rms_norm,
         roomy,
         rope,
@@ -38,6 +39,7 @@ def catalogue() -> tuple[OpSpec, ...]:
         gated_rms_norm,
         linear_cross_entropy,
         nf4,
+        qlora,
         roomy,
     )
     return tuple(spec for family in families for spec in family.OPS)
