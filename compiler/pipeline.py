@@ -176,6 +176,8 @@ def match_and_rewrite(
     deferrable = lazy.deferrable(graph) if wanted else frozenset()
     deferred = None
     for pattern in session.options.patterns:
+        if hasattr(pattern, "prepare"):
+            record.misses += pattern.prepare(graph)
         for found in find(pattern, graph, deferrable):
             if not isinstance(found, Match):
                 record.misses.append(found)

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import fx
 
 from fusewright.compiler import ir
-from fusewright.compiler.match import Refused
+from fusewright.compiler.match import Miss, Refused
 from fusewright.compiler.prove import Candidate, Rounder
 from fusewright.compiler.rewrite import call, item
 from fusewright.compiler.storage import Storage
-from fusewright.patterns import lora_groups
+from fusewright.patterns import lora_groups, quantised
 
 aten = torch.ops.aten
 
@@ -47,6 +47,10 @@ class LoRA:
     """See the module's docstring."""
 
     name = "lora"
+
+    def prepare(self, graph: fx.Graph) -> list[Miss]:
+        """Write layers over 4-bit weights as linear layers over weights that are dequantised."""
+        return quantised.expand(graph)
 
     def anchors(self, graph: fx.Graph) -> Iterator[fx.Node]:
         """Second halves of two linear maps in a row through a thin waist."""
@@ -242,7 +246,7 @@ def _candidate(
         drops = [read[f"d{i}"] for i in range(len(own))]
         group = (read["x"], drops, [read["weight"]], [read["bias"]], downs, ups)
         layout = ([0] * count, source, scales, [ir.shape(base)[-1]], out_dtype, False, False)
-        made = call(graph, torch.ops.fusewright.lora_group.default, (*group, *layout), out)
+        made = call(graph, *lora_groups.over_4bit([*group, *layout]), out)
         return [item(graph, item(graph, made, 0), 0)]
 
     ranks = [ir.shape(a.down)[0] for a in adapters]
