@@ -187,6 +187,11 @@ def _fake_bwd(dys: Sequence[torch.Tensor], thin: torch.Tensor, *args: Any) -> An
 def _weight(into: Into, *args: Any) -> torch.Tensor:
     packed, absmax, offset, nested_absmax, nested_code, rows, columns, *rest, dtype = args
     kind, blocksize, nested_blocksize = rest
+    if dtype is torch.float64:  # asked for where a whole graph is run in float64, scales included
+        absmax, offset, nested_absmax, nested_code = (
+            t.float() if t is not None and t.is_floating_point() else t
+            for t in (absmax, offset, nested_absmax, nested_code)
+        )
     weights = Weights([packed], [absmax], [offset], [nested_absmax], [nested_code], [rows],
                       [kind], [blocksize], [nested_blocksize])  # fmt: skip
     out = packed.new_empty((rows, columns), dtype=dtype)

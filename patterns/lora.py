@@ -31,7 +31,8 @@ aten = torch.ops.aten
 class _Adapter:
     """One low-rank branch, from the layer's input to what is added to the base's output.
 
-    ``dropped`` is what it reads where that is not the layer's input itself.
+    ``dropped`` is what it reads where that is not the layer's input itself. ``rounded`` is the dtype
+    that its result is cast to last, if that loses something.
     """
 
     x: fx.Node
@@ -39,6 +40,7 @@ class _Adapter:
     down: fx.Node
     up: fx.Node
     scale: float
+    rounded: torch.dtype | None
     out: fx.Node
     nodes: frozenset[fx.Node]
 
@@ -61,7 +63,11 @@ class LoRA:
     def candidates(self, anchor: fx.Node) -> Iterator[Candidate]:
         """Claims about the layer that the adapter at ``anchor`` belongs to."""
         adapter = _adapter(anchor)
-        base, adapters, out, nodes = _collect(adapter)
+        added = ""
+        try:
+            base, adapters, out, nodes = _collect(adapter)
+        except Refused:
+            base, adapters, out, nodes, added = lora_opaque.collect(adapter, _second_adapter)
         results = [u for u in out.users if ir.is_cast(u)] if len(out.users) == 1 else []
         for result in (*results, out):
             yield _candidate(base, adapters, result, nodes | {result})
@@ -147,7 +153,9 @@ def _adapter(second: fx.Node) -> _Adapter:
         nodes.add(user)
         out = user
     weights: Any = (first.args[1], second.args[1])
-    return _Adapter(x, dropped, *weights, scale, out, frozenset(nodes))
+    narrow = ir.is_cast(out) and ir.dtype(out).itemsize < ir.dtype(out.args[0]).itemsize  # type: ignore[arg-type]
+    rounded = ir.dtype(out) if narrow else None
+    return _Adapter(x, dropped, *weights, scale, rounded, out, frozenset(nodes))
 
 
 def _collect(
@@ -237,7 +245,10 @@ def _candidate(
         y = t["base"]
         for i, scale in enumerate(scales):
             read = t["x"] if source[i] < 0 else t[f"d{source[i]}"]
-            y = y + scale * F.linear(F.linear(read, t[f"a{i}"]), t[f"b{i}"])
+            low = scale * F.linear(F.linear(read, t[f"a{i}"]), t[f"b{i}"])
+            # The graph may round the addend to the sum's dtype; the op rounds the sum alone.
+            kind = adapters[i].rounded
+            y = y + (rounder(low, kind) if kind is ir.dtype(base) else low)
         return [y]
 
     def emit(graph: fx.Graph, read: Mapping[str, Any]) -> list[fx.Node]:
