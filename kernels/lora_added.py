@@ -62,9 +62,7 @@ def check(base: torch.Tensor, group: Group) -> None:
         raise ValueError(f"base: expected device {group.x.device} like x, got {base.device}")
 
 
-def fwd(
-    base: torch.Tensor, x: torch.Tensor, *args: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+def fwd(base: torch.Tensor, x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """y in ``out_dtype``, and the thin products (T, sum r_i)."""
     *adapters, out_dtype = args
     group = _group(x, *adapters)
@@ -79,7 +77,9 @@ def fwd(
     return y.view(base.shape), thin
 
 
-def _joined(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _joined(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Several (left, right) as one pair whose product is the sum of theirs."""
     if len(pairs) == 1:
         return pairs[0]
@@ -137,14 +137,10 @@ def _plain_bwd(
         elif at >= 0 and needs.inputs:
             dinputs[at] = dinputs[at] + (p @ a).to(dinputs[at].dtype)
     dx = dx.view(x.shape) if needs.x else dx
-    return Results(
-        dbase, dx, [d.view(x.shape) if needs.inputs else d for d in dinputs], ddown, dup
-    )
+    return Results(dbase, dx, [d.view(x.shape) if needs.inputs else d for d in dinputs], ddown, dup)
 
 
-def _fake_fwd(
-    base: torch.Tensor, x: torch.Tensor, *args: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_fwd(base: torch.Tensor, x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     *adapters, out_dtype = args
     group = _group(x, *adapters)
     check(base, group)
@@ -169,9 +165,7 @@ def _fake_bwd(dy: torch.Tensor, thin: torch.Tensor, *args: Any) -> Results:
     )
 
 
-_ADAPTERS = (
-    "Tensor x, Tensor[] inputs, Tensor[] down, Tensor[] up, int[] source, float[] scales"
-)
+_ADAPTERS = "Tensor x, Tensor[] inputs, Tensor[] down, Tensor[] up, int[] source, float[] scales"
 
 
 def _save(inputs: dict[str, Any], outputs: tuple[Any, ...]) -> Sequence[Any]:

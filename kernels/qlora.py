@@ -94,9 +94,7 @@ def _check_lists(weights: Weights) -> None:
 
 
 @contextmanager
-def _dequantised(
-    group: Group, weights: Weights, space: room.Room, into: Into
-) -> Iterator[Group]:
+def _dequantised(group: Group, weights: Weights, space: room.Room, into: Into) -> Iterator[Group]:
     """The group with its weights in a scratch buffer."""
     x = group.x
     with room.scratch(weights.heights, x.shape[-1], space, x) as views:

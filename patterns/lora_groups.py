@@ -22,6 +22,7 @@ from fusewright.compiler.rewrite import call, item
 from fusewright.compiler.storage import Storage
 from fusewright.kernels import room
 from fusewright.kernels.lora_group import Group, plan, takes
+from fusewright.patterns.quantised import is_weight
 
 aten = torch.ops.aten
 
@@ -53,16 +54,12 @@ def _groups(graph: fx.Graph) -> list[fx.Node]:
 def over_4bit(args: list[Any]) -> tuple[Any, list[Any]]:
     """The op and its arguments, from those of lora_group, whose weights may be dequantised ones."""
     dense = args[_WEIGHTS]
-    if not all(_dequantised(w) for w in dense):
+    if not all(is_weight(w) for w in dense):
         return _dense_op(), args
     columns = [list(c) for c in zip(*(w.args for w in dense), strict=True)]
     packed, absmax, offset, nested, codes, rows, _, kinds, sizes, nested_sizes, _ = columns
     rest = (absmax, offset, nested, codes, rows, kinds, sizes, nested_sizes)
     return _op_4bit(), [*args[:_WEIGHTS], packed, *args[_BIASES:13], *rest]
-
-
-def _dequantised(node: Any) -> bool:
-    return ir.is_call(node, torch.ops.fusewright.weight_4bit.default)
 
 
 def _args(node: fx.Node) -> list[Any]:
@@ -91,7 +88,7 @@ def merge(graph: fx.Graph) -> None:
 def _group_4bit(graph: fx.Graph) -> None:
     """Make a group of its own of every layer over a 4-bit weight that has no adapter."""
     for node in list(ir.calls(graph)):
-        if ir.is_call(node, aten.linear.default) and _dequantised(node.args[1]):
+        if ir.is_call(node, aten.linear.default) and is_weight(node.args[1]):
             with graph.inserting_before(node):
                 made = call(graph, *over_4bit(_as_group(node)), node)
                 y = item(graph, item(graph, made, 0), 0)

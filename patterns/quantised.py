@@ -91,7 +91,9 @@ def expand(graph: fx.Graph) -> list[Miss]:
             _replace(graph, node, read(node))
         except Refused as reason:
             missed.append(
-                Miss("lora", "4-bit weight", str(reason), ir.source_line(node), ir.module_path(node))
+                Miss(
+                    "lora", "4-bit weight", str(reason), ir.source_line(node), ir.module_path(node)
+                )
             )
     return missed
 
@@ -100,7 +102,7 @@ def mentions_4bit(node: fx.Node) -> bool:
     """Whether the call is a 4-bit product, or a custom function whose forward has a 4-bit weight."""
     if _name(node) == "gemm_4bit":
         return True
-    forward = _bodies(node)[0] if _is_custom(node) else None
+    forward = _bodies(node)[0] if is_custom(node) else None
     return forward is not None and any(
         _name(n) in ("gemm_4bit", "dequantize_4bit") for n in ir.calls(forward.graph)
     )
@@ -112,7 +114,7 @@ def read(node: fx.Node) -> Linear:
     Raises:
         Refused: it is none, or none that can be computed bit for bit.
     """
-    if not _is_custom(node):
+    if not is_custom(node):
         found = _read_call(node, node.args, dict(node.kwargs))
     else:
         found = _custom(node)
@@ -127,7 +129,13 @@ def _name(node: Any) -> str:
     return str(node.target._schema.name.partition("::")[2])
 
 
-def _is_custom(node: Any) -> bool:
+def is_weight(node: Any) -> bool:
+    """Whether the node is a weight that ``expand`` wrote."""
+    return ir.is_call(node, torch.ops.fusewright.weight_4bit.default)
+
+
+def is_custom(node: Any) -> bool:
+    """Whether the node calls a custom autograd function."""
     return ir.is_call(node) and (
         getattr(node.target, "__name__", "") == "autograd_function_apply"
         or type(node.target).__name__ == "AutogradFunctionApply"
