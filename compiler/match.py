@@ -27,8 +27,9 @@ class Pattern(Protocol):
     ``anchors`` yields the rare node of each possible site; ``candidates`` yields claims about one
     site, or raises Refused with the reason.
 
-    A pattern may also have ``regroup(graph)``, called once its sites are rewritten, to join its own
-    ops, and ``settle(graph) -> list[Storage]``, called when all patterns are done, to fit them to
+    A pattern may also have ``prepare(graph) -> list[Miss]``, called before its anchors are sought, to
+    write opaque calls in terms it can read; ``regroup(graph)``, called once its sites are rewritten, to
+    join its own ops; and ``settle(graph) -> list[Storage]``, called when all patterns are done, to fit them to
     their neighbours and to say how parameters are to be stored.
     """
 

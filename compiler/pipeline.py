@@ -93,7 +93,8 @@ def _compile(
         run = _lower(rewritten, example_inputs, session, record, device)
     run = run if deferred is None else lazy.attach(run, deferred)
     if session.options.verify == "first_step":
-        run = _verified(run, canonical, rewritten, record, session, device)
+        plain = readable(canonical, session)
+        run = _verified(run, (canonical, plain), rewritten, record, session, device)
     writer.done()
     return _tracked(run, session, record)
 
@@ -176,6 +177,8 @@ def match_and_rewrite(
     deferrable = lazy.deferrable(graph) if wanted else frozenset()
     deferred = None
     for pattern in session.options.patterns:
+        if hasattr(pattern, "prepare"):
+            record.misses += pattern.prepare(graph)
         for found in find(pattern, graph, deferrable):
             if not isinstance(found, Match):
                 record.misses.append(found)
@@ -198,6 +201,16 @@ def match_and_rewrite(
     return deferred
 
 
+def readable(gm: fx.GraphModule, session: Session) -> fx.GraphModule:
+    """The graph with its opaque calls written out as the patterns read them: it runs in float64."""
+    plain = copy.deepcopy(gm)
+    for pattern in session.options.patterns:
+        if hasattr(pattern, "prepare"):
+            pattern.prepare(plain.graph)
+    plain.recompile()
+    return plain
+
+
 def settle(gm: fx.GraphModule, session: Session) -> list[storage.Storage]:
     """Fit the patterns' ops to their neighbours; returns how parameters are to be stored."""
     wanted = [
@@ -214,19 +227,23 @@ def settle(gm: fx.GraphModule, session: Session) -> list[storage.Storage]:
 
 def _verified(
     run: Callable[..., Any],
-    canonical: fx.GraphModule,
+    captured: tuple[fx.GraphModule, fx.GraphModule],
     rewritten: fx.GraphModule,
     record: GraphRecord,
     session: Session,
     device: str | None,
 ) -> Callable[..., Any]:
-    """Verify at the first run, on its real inputs; fall back to the captured graph if refused."""
+    """Verify at the first run, on its real inputs; fall back to the captured graph if refused.
+
+    ``captured`` is the canonical graph, and the same as it runs in float64.
+    """
+    canonical, plain = captured
     chosen: list[Callable[..., Any]] = []
 
     def first(*args: Any) -> Any:
         if not chosen:
             with _timed(record, "verify"), lower.autocast_off(device), unseen_by_checkpoints():
-                record.verdict = verify(canonical, rewritten, args)
+                record.verdict = verify(canonical, rewritten, args, plain)
             if record.verdict.status == "reverted":
                 chosen.append(lower.lower(canonical, list(args), "fx", device))
                 record.failure = f"reverted: {record.verdict.reason}"

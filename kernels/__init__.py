@@ -20,8 +20,10 @@ def catalogue() -> tuple[OpSpec, ...]:
         layer_norm,
         linear_cross_entropy,
         lora,
+        lora_added,
         nf4,
         qk_norm_rope,
+        qlora,
         rms_norm,
         roomy,
         rope,
@@ -36,10 +38,12 @@ def catalogue() -> tuple[OpSpec, ...]:
         activations,
         glu,
         lora,
+        lora_added,
         cross_entropy,
         gated_rms_norm,
         linear_cross_entropy,
         nf4,
+        qlora,
         roomy,
     )
     return tuple(spec for family in families for spec in family.OPS)

@@ -58,8 +58,8 @@ def _added(group: Group, rows: torch.Tensor, thin: torch.Tensor, height: int) ->
     for piece, w, b in zip(pieces, group.weights, group.biases, strict=True):
         if b is None:
             torch.mm(rows, w.t(), out=piece)
-        else:
-            torch.addmm(b, rows, w.t(), out=piece)
+        else:  # cuBLAS adds a bias before it rounds, but not into rows of another stride
+            piece.copy_(torch.addmm(b, rows, w.t()))
     start = 0
     for b, j in zip(group.up, group.member, strict=True):
         low = thin[:, start : start + b.shape[1]]

@@ -16,7 +16,8 @@ that memory: to whoever saves a model, weights that lie side by side share nothi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -130,6 +131,33 @@ def allocate(weights: Sequence[torch.Tensor], room: Room) -> list[torch.Tensor]:
         views.append(from_dlpack(to_dlpack(view)))
         _KNOWN[view.data_ptr()] = entry
     return views
+
+
+@contextmanager
+def scratch(
+    heights: Sequence[int], width: int, room: Room, like: torch.Tensor
+) -> Iterator[list[torch.Tensor]]:
+    """Uninitialised weights (N_j, K) in one new buffer that ``find`` knows inside of the block.
+
+    Args:
+        heights: N_j.
+        width: K.
+        room: see :func:`needed`; it is zeros.
+        like: of the dtype and the device.
+    """
+    height = sum(heights)
+    buffer = like.new_empty((height + room.rows, width + room.columns))
+    buffer[:height, width:].zero_()
+    buffer[height:].zero_()
+    entry = _Entry(buffer.untyped_storage(), height, width, room)
+    views = [piece[:, :width] for piece in buffer[:height].split(list(heights))]
+    addresses = [v.data_ptr() for v in views]
+    _KNOWN.update(dict.fromkeys(addresses, entry))
+    try:
+        yield views
+    finally:
+        for address in addresses:
+            del _KNOWN[address]
 
 
 def _forget() -> None:

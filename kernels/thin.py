@@ -9,11 +9,11 @@ r / C and r / T of that. On the way M can be copied into a wider buffer W (T, Wd
 behind it, so that [M | P] is the operand of one GEMM.
 
 Where it rounds. Both operands in the same 16 bits: products and sums in float32, scaled in float32,
-rounded once to that dtype. A float32 operand beside M in bfloat16: V (or U) is taken as hi + lo with
-hi = bf16(V), lo = bf16(V - hi); |V - hi - lo| <= 2^-16 |V|, the products with M are exact in
-float32, and the result is float32. Any other mixture is computed in float32. A float32 P goes into a
-16-bit W as three groups [hi | lo | hi], the partner of [V_hi | V_hi | V_lo] in the other operand
-(``thin_copies.Copy``): P V ~ hi V_hi + lo V_hi + hi V_lo.
+rounded once to that dtype. A float32 operand beside M in bfloat16 is taken as the sum of three bfloat16,
+which is exact, its products with M are exact in float32, and the result is float32. Any other
+mixture is computed in float32. A float32 P goes into a 16-bit W as three groups [hi | lo | hi], the
+partner of [V_hi | V_hi | V_lo] in the other operand (``thin_copies.Copy``):
+P V ~ hi V_hi + lo V_hi + hi V_lo.
 
 Sums are taken in an order that depends on shapes, dtypes and the device's limits only.
 """

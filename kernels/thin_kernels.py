@@ -14,7 +14,8 @@ A launch has up to four matrices with one thin operand each, or one matrix with 
 all thin operands of a launch have the same rank R, padded to RP columns.
 
 MODE 0: both operands in the same 16 bits. MODE 1: M in bfloat16, the thin operand in float32, taken
-as the sum of two bfloat16 (``halves``). MODE 2: float32 arithmetic throughout.
+as the sum of three bfloat16, which is exact. MODE 2: float32 arithmetic throughout. In modes 1 and 2
+the products of a tile are summed by themselves and then added, so that sums stay short.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fusewright.kernels.thin_parts import (
     give,
     pick,
     share,
+    share_all,
     small_copy,
     wide,
 )
@@ -40,24 +42,30 @@ def _rounded(thin, like, MODE: tl.constexpr):
 
 @triton.jit
 def _rest(thin, like, MODE: tl.constexpr):
-    """What rounding the thin operand to 16 bits left over, in 16 bits."""
+    """What rounding the thin operand to 16 bits left over, as two parts of 16 bits."""
     if MODE == 1:
         high = thin.to(like.dtype.element_ty)
-        return (thin - high.to(tl.float32)).to(like.dtype.element_ty)
+        rest = thin - high.to(tl.float32)
+        low = rest.to(like.dtype.element_ty)
+        return low, (rest - low.to(tl.float32)).to(like.dtype.element_ty)
     else:
-        return thin
+        return thin, thin
 
 
 @triton.jit
 def _product(m, high, low, total, MODE: tl.constexpr):
-    """total + m (high + low), accumulated in float32."""
+    """total + m (high + low + lowest), accumulated in float32; ``low`` is a pair."""
     if MODE == 2:
-        return tl.dot(m.to(tl.float32), high, total, input_precision="ieee")
+        return total + tl.dot(m.to(tl.float32), high, input_precision="ieee")
+    middle, lowest = low
     if WIDEN:
-        m, high, low = m.to(tl.float32), high.to(tl.float32), low.to(tl.float32)
-    total = tl.dot(m, high, total)
+        m, high = m.to(tl.float32), high.to(tl.float32)
+        middle, lowest = middle.to(tl.float32), lowest.to(tl.float32)
     if MODE == 1:
-        total = tl.dot(m, low, total)
+        part = tl.dot(m, middle, tl.dot(m, lowest))
+        total += tl.dot(m, high, part)
+    else:
+        total = tl.dot(m, high, total)
     return total
 
 
@@ -76,6 +84,24 @@ def _right_operand(
     if not EVEN:
         mask = mask & (column < width)[:, None]
     return tl.load(ptr + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _copied(m, wide_ptr, row, wide_row, copy, column, mask):
+    """Store a tile into the wide buffer, if its matrix is to be copied."""
+    to = wide_ptr + wide(row) * wide_row + column
+    to += tl.arange(0, m.shape[0])[:, None] * wide_row + tl.arange(0, m.shape[1])[None, :]
+    tl.store(to, m, mask=mask & (copy >= 0))
+
+
+@triton.jit
+def _added(
+    total, m, v, v_row, column, width, like, R: tl.constexpr, TRANSPOSED: tl.constexpr,
+    EVEN: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """total + M V of some columns."""
+    t = _right_operand(v, column, width, v_row, R, total.shape[1], TRANSPOSED, EVEN)
+    return _product(m, _rounded(t, like, MODE), _rest(t, like, MODE), total, MODE)
 
 
 @triton.jit
@@ -113,30 +139,18 @@ def _right(
         column = c + tl.arange(0, BK)
         mask = there if EVEN else there & (column < width)[None, :]
         m = tl.load(base + c + at, mask=mask, other=0.0, eviction_policy="evict_first")
-        t = _right_operand(v, column, width, v_row, R, RP, TRANSPOSED, EVEN)
-        p0 = _product(m, _rounded(t, m0, MODE), _rest(t, m0, MODE), p0, MODE)
+        p0 = _added(p0, m, v, v_row, column, width, m0, R, TRANSPOSED, EVEN, MODE)
         if SLOTS > 1:
-            t = _right_operand(v1, column, width, v1_row, R, RP, TRANSPOSED, EVEN)
-            p1 = _product(m, _rounded(t, m0, MODE), _rest(t, m0, MODE), p1, MODE)
+            p1 = _added(p1, m, v1, v1_row, column, width, m0, R, TRANSPOSED, EVEN, MODE)
         if SLOTS > 2:
-            t = _right_operand(v2, column, width, v2_row, R, RP, TRANSPOSED, EVEN)
-            p2 = _product(m, _rounded(t, m0, MODE), _rest(t, m0, MODE), p2, MODE)
+            p2 = _added(p2, m, v2, v2_row, column, width, m0, R, TRANSPOSED, EVEN, MODE)
         if SLOTS > 3:
-            t = _right_operand(v3, column, width, v3_row, R, RP, TRANSPOSED, EVEN)
-            p3 = _product(m, _rounded(t, m0, MODE), _rest(t, m0, MODE), p3, MODE)
+            p3 = _added(p3, m, v3, v3_row, column, width, m0, R, TRANSPOSED, EVEN, MODE)
         if COPY:
-            to = wide_ptr + first_row.to(tl.int64) * wide_row + (copy + c)
-            to += line[:, None] * wide_row + tl.arange(0, BK)[None, :]
-            tl.store(to, m, mask=mask & (copy >= 0))
+            _copied(m, wide_ptr, first_row, wide_row, copy, copy + c, mask)
     if partial_ptr is not None:
         before = slab.to(tl.int64) * rows + first_row
-        share(partial_ptr, before, p0, 0, there, SLOTS)
-        if SLOTS > 1:
-            share(partial_ptr, before, p1, 1, there, SLOTS)
-        if SLOTS > 2:
-            share(partial_ptr, before, p2, 2, there, SLOTS)
-        if SLOTS > 3:
-            share(partial_ptr, before, p3, 3, there, SLOTS)
+        share_all(partial_ptr, before, p0, p1, p2, p3, there, SLOTS)
     else:
         placed = wide_ptr if PLACED else None
         scale = pick(block, scale0, scale1, scale2, scale3, BLOCKS)
@@ -214,7 +228,7 @@ def _v_of(
         t = _right_operand(ptr, column, width, stride, R, RP, TRANSPOSED, EVEN)
         return _rounded(t, like, MODE), _rest(t, like, MODE)
     else:
-        return 0, 0
+        return 0, (0, 0)
 
 
 @triton.jit
@@ -240,7 +254,6 @@ def _left(
     copy = pick(block, copy0, copy1, copy2, copy3, BLOCKS)
     c = (slab - first) * BC
     column = c + tl.arange(0, BC)
-    inside = (column < width)[None, :]
     m_base = pick(block, m0, m1, m2, m3, BLOCKS) + c
     line = tl.arange(0, BT)
     at = line[:, None] * stride + tl.arange(0, BC)[None, :]
@@ -259,9 +272,10 @@ def _left(
     start = part * part_rows
     for t in tl.range(start, tl.minimum(start + part_rows, rows), BT, num_stages=STAGES):
         there = (t + line < rows)[:, None]
-        mask = there if EVEN else there & inside
-        tile = m_base + wide(t) * stride
-        m = tl.load(tile + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        mask = there if EVEN else there & (column < width)[None, :]
+        m = tl.load(
+            m_base + wide(t) * stride + at, mask=mask, other=0.0, eviction_policy="evict_first"
+        )
         l0 = _slot(m, t, line, there, l0, h0, w0, u, u_row, right_ptr, before, m0,
                    0, SLOTS, R, RP, MODE, RIGHT)  # fmt: skip
         if SLOTS > 1:
@@ -274,18 +288,10 @@ def _left(
             l3 = _slot(m, t, line, there, l3, h3, w3, u3, u3_row, right_ptr, before, m0,
                        3, SLOTS, R, RP, MODE, RIGHT)  # fmt: skip
         if COPY:
-            to = wide_ptr + wide(t) * wide_row + (copy + c)
-            to += line[:, None] * wide_row + tl.arange(0, BC)[None, :]
-            tl.store(to, m, mask=mask & (copy >= 0))
+            _copied(m, wide_ptr, t, wide_row, copy, copy + c, mask)
     inside = (column < width)[:, None]
     first = wide(part) * columns + c + pick(block, 0, before1, before2, before3, BLOCKS)
-    share(left_ptr, first, l0, 0, inside, SLOTS)
-    if SLOTS > 1:
-        share(left_ptr, first, l1, 1, inside, SLOTS)
-    if SLOTS > 2:
-        share(left_ptr, first, l2, 2, inside, SLOTS)
-    if SLOTS > 3:
-        share(left_ptr, first, l3, 3, inside, SLOTS)
+    share_all(left_ptr, first, l0, l1, l2, l3, inside, SLOTS)
 
 
 @triton.jit

@@ -175,7 +175,7 @@ class _Launch:
             self._launch_left(cut, work, shares, scratch[right:])
             self._launch_sums(cut, shares, scratch[right:])
             return
-        cut = right_cut(*sizes, limits)
+        cut = right_cut(*sizes, self.copies, limits)
         direct = cut.slabs == len(self.ms)
         shape = cut.slabs * m.shape[0] * ranks
         shares = None if direct else m.new_empty(shape, dtype=torch.float32)

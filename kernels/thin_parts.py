@@ -92,6 +92,18 @@ def share(ptr, first, total, slot, there, SLOTS: tl.constexpr):
 
 
 @triton.jit
+def share_all(ptr, first, t0, t1, t2, t3, there, SLOTS: tl.constexpr):
+    """Store the shares of all slots."""
+    share(ptr, first, t0, 0, there, SLOTS)
+    if SLOTS > 1:
+        share(ptr, first, t1, 1, there, SLOTS)
+    if SLOTS > 2:
+        share(ptr, first, t2, 2, there, SLOTS)
+    if SLOTS > 3:
+        share(ptr, first, t3, 3, there, SLOTS)
+
+
+@triton.jit
 def small_copy(
     program, table_ptr, TASKS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr,
     BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,

@@ -154,14 +154,18 @@ class Tile(NamedTuple):
     per_sm: int
 
 
-def right_tile(ranks: int, item: int, thin_item: int, mode: int, limits: Limits) -> Tile:
+def right_tile(
+    ranks: int, item: int, thin_item: int, mode: int, copy: bool, limits: Limits
+) -> Tile:
     """The tile of P alone; ``ranks`` padded columns of thin operands."""
     if mode == 2:
         tile = Tile(32, 32 if ranks < 64 else 16, 3, 4, 2)
-    elif ranks << mode <= 64:  # halves take registers twice
+    elif mode and limits.shared < _ROOMY:
+        tile = Tile(64, 32, 4, 4, 2)
+    elif ranks << 2 * mode <= 64:  # three parts and a sum of their own take registers
         tile = Tile(64, 128, 4, 4, 2)
     else:
-        tile = Tile(64 if mode else 128, 64, 4, 8, 1)
+        tile = Tile(64, 64, 4, 4, 1) if mode else Tile(128, 64, 4, 8, 1)
     while True:
         step = tile.columns * (tile.rows * item + ranks * thin_item)
         if fits := _fitting(tile, step, 0, limits):
@@ -178,10 +182,12 @@ def left_tile(
         tile = Tile(32, 64, 3, 8, 2)
     elif right:
         # The wider a slab, the fewer shares of P.
-        columns = (512 if roomy else 256) >> (mode + copy)
+        columns = (512 if roomy else 256) >> (2 * mode + copy)
         tile = Tile(64 if roomy else 32, columns, 3, 8, 1 if columns == 512 else 2)
-    elif ranks << mode <= 64:
+    elif ranks << mode <= 64 and not mode:
         tile = Tile(64, 128, 4, 4, 2)
+    elif mode:
+        tile = Tile(64 if roomy else 32, 64, 4, 4, 2)
     else:
         tile = Tile(64, 128, 4, 8, 2) if roomy else Tile(32, 64, 4, 8, 2)
     while True:
@@ -234,10 +240,10 @@ def _slabs(widths: Sequence[int], slab: int) -> tuple[tuple[int, int, int], int]
 @functools.lru_cache(maxsize=512)
 def right_cut(
     rows: int, widths: tuple[int, ...], ranks: int, item: int, thin_item: int, mode: int,
-    limits: Limits,
+    copy: bool, limits: Limits,
 ) -> Cut:  # fmt: skip
     """How P of matrices (rows, width) is made."""
-    tile = right_tile(ranks, item, thin_item, mode, limits)
+    tile = right_tile(ranks, item, thin_item, mode, copy, limits)
     tiles = -(-rows // tile.rows)
     steps = sum(-(-w // tile.columns) for w in widths)
     step_bytes = tile.rows * tile.columns * item

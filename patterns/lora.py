@@ -9,6 +9,7 @@ afterwards, by patterns/lora_groups.py. The backward is derived in kernels/lora.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,11 @@ import torch.nn.functional as F
 from torch import fx
 
 from fusewright.compiler import ir
-from fusewright.compiler.match import Refused
+from fusewright.compiler.match import Miss, Refused
 from fusewright.compiler.prove import Candidate, Rounder
 from fusewright.compiler.rewrite import call, item
 from fusewright.compiler.storage import Storage
-from fusewright.patterns import lora_groups
+from fusewright.patterns import lora_groups, quantised
 
 aten = torch.ops.aten
 
@@ -31,7 +32,8 @@ aten = torch.ops.aten
 class _Adapter:
     """One low-rank branch, from the layer's input to what is added to the base's output.
 
-    ``dropped`` is what it reads where that is not the layer's input itself.
+    ``dropped`` is what it reads where that is not the layer's input itself. ``rounded`` is the dtype
+    that its result is cast to last, if that loses something.
     """
 
     x: fx.Node
@@ -39,6 +41,7 @@ class _Adapter:
     down: fx.Node
     up: fx.Node
     scale: float
+    rounded: torch.dtype | None
     out: fx.Node
     nodes: frozenset[fx.Node]
 
@@ -47,6 +50,10 @@ class LoRA:
     """See the module's docstring."""
 
     name = "lora"
+
+    def prepare(self, graph: fx.Graph) -> list[Miss]:
+        """Write layers over 4-bit weights as linear layers over weights that are dequantised."""
+        return quantised.expand(graph)
 
     def anchors(self, graph: fx.Graph) -> Iterator[fx.Node]:
         """Second halves of two linear maps in a row through a thin waist."""
@@ -57,10 +64,14 @@ class LoRA:
     def candidates(self, anchor: fx.Node) -> Iterator[Candidate]:
         """Claims about the layer that the adapter at ``anchor`` belongs to."""
         adapter = _adapter(anchor)
-        base, adapters, out, nodes = _collect(adapter)
+        added = ""
+        try:
+            base, adapters, out, nodes = _collect(adapter)
+        except Refused:
+            base, adapters, out, nodes, added = _collect_opaque(adapter)
         results = [u for u in out.users if ir.is_cast(u)] if len(out.users) == 1 else []
         for result in (*results, out):
-            yield _candidate(base, adapters, result, nodes | {result})
+            yield _candidate(base, adapters, result, nodes | {result}, added)
 
     def regroup(self, graph: fx.Graph) -> None:
         """Put the layers of one input together."""
@@ -143,7 +154,9 @@ def _adapter(second: fx.Node) -> _Adapter:
         nodes.add(user)
         out = user
     weights: Any = (first.args[1], second.args[1])
-    return _Adapter(x, dropped, *weights, scale, out, frozenset(nodes))
+    narrow = ir.is_cast(out) and ir.dtype(out).itemsize < ir.dtype(out.args[0]).itemsize  # type: ignore[arg-type]
+    rounded = ir.dtype(out) if narrow else None
+    return _Adapter(x, dropped, *weights, scale, rounded, out, frozenset(nodes))
 
 
 def _collect(
@@ -188,6 +201,63 @@ def _collect(
     return base, adapters, total, frozenset(nodes)
 
 
+def _kernel(weight: Any, added: str) -> str:
+    if added:
+        return "lora_added"
+    return "lora_group_4bit" if quantised.is_weight(weight) else "lora_group"
+
+
+def _collect_opaque(
+    adapter: _Adapter,
+) -> tuple[fx.Node, list[_Adapter], fx.Node, frozenset[fx.Node], str]:
+    """As ``_collect``, for a base that is known as a tensor alone, and why it is."""
+    nodes, adapters, base, total = set(adapter.nodes), [adapter], None, adapter.out
+    while len(total.users) == 1:
+        (user,) = total.users
+        other = ir.other_operand(user, total) if ir.is_call(user, aten.add.Tensor) else None
+        if not ir.is_tensor(other) or len(user.args) > 2 or user.kwargs:
+            break
+        second = _second_of(other)
+        if second is not None:
+            adapters.append(_adapter(second))
+            nodes |= adapters[-1].nodes | _chain(other, second)
+        elif base is None:
+            base = other
+        else:
+            break
+        nodes.add(user)
+        total = user
+    while ir.is_call(base, *ir.IDENTITIES):
+        nodes.add(base)
+        base = base.args[0]
+    why = _opaque(base, adapter.x)
+    if base is None or not why or ir.shape(base) != ir.shape(total):
+        raise Refused("no linear layer's output is added to the adapter's")
+    if any(a.x is not adapter.x for a in adapters):
+        raise Refused("the adapters read different inputs")
+    return base, adapters, total, frozenset(nodes), why
+
+
+def _opaque(base: Any, x: fx.Node) -> str:
+    """Why a tensor that a layer computes from x is none the adapters go into; "" if it may be any."""
+    if base is None or len([u for u in base.users if not ir.is_call(u, *ir.IDENTITIES)]) > 1:
+        return ""
+    while ir.is_cast(base) or ir.is_call(base, *ir.IDENTITIES):
+        base = base.args[0]
+    if ir.is_call(base, aten.linear.default) and quantised.is_weight(base.args[1]):
+        return "the layer works in another dtype than its adapters" if _reads(base, x) else ""
+    custom = base.args[0] if ir.is_call(base, operator.getitem) else base
+    if quantised.is_custom(custom) and _reads(custom, x):
+        return "the layer is a custom function that is not known"
+    return ""
+
+
+def _reads(node: fx.Node, x: fx.Node) -> bool:
+    """Whether the call takes x or a cast of it."""
+    inputs = list(node.all_input_nodes)
+    return any(n is x or (ir.is_cast(n) and n.args[0] is x) for n in inputs)
+
+
 def _chain(top: fx.Node, bottom: fx.Node) -> set[fx.Node]:
     nodes = {bottom}
     while top is not bottom:
@@ -216,11 +286,17 @@ def _second_of(node: Any) -> Any:
 
 
 def _candidate(
-    base: fx.Node, adapters: list[_Adapter], out: fx.Node, nodes: frozenset[fx.Node]
+    base: fx.Node,
+    adapters: list[_Adapter],
+    out: fx.Node,
+    nodes: frozenset[fx.Node],
+    added: str,
 ) -> Candidate:
+    """The claim; ``added`` says why the base stays a tensor to which the adapters are added."""
     x = adapters[0].x
     scales = [a.scale for a in adapters]
-    bias: Any = base.args[2] if len(base.args) > 2 else None
+    weight: Any = None if added else base.args[1]
+    bias: Any = ir.argument(base, 2) if not added else None
     inputs: dict[str, fx.Node | None] = {"x": x, "base": base}
     own = [a.dropped for a in adapters if a.dropped is not None]
     source = [-1 if a.dropped is None else own.index(a.dropped) for a in adapters]
@@ -233,28 +309,40 @@ def _candidate(
         y = t["base"]
         for i, scale in enumerate(scales):
             read = t["x"] if source[i] < 0 else t[f"d{source[i]}"]
-            y = y + scale * F.linear(F.linear(read, t[f"a{i}"]), t[f"b{i}"])
+            low = scale * F.linear(F.linear(read, t[f"a{i}"]), t[f"b{i}"])
+            # The graph may round the addend to the sum's dtype; the op rounds the sum alone.
+            kind = adapters[i].rounded
+            y = y + (rounder(low, kind) if kind is ir.dtype(base) else low)
         return [y]
 
     def emit(graph: fx.Graph, read: Mapping[str, Any]) -> list[fx.Node]:
         downs = [read[f"a{i}"] for i in range(count)]
         ups = [read[f"b{i}"] for i in range(count)]
         drops = [read[f"d{i}"] for i in range(len(own))]
+        if added:
+            values = (read["base"], read["x"], drops, downs, ups, source, scales, out_dtype)
+            op = torch.ops.fusewright.lora_added.default
+            return [item(graph, call(graph, op, values, out), 0)]
         group = (read["x"], drops, [read["weight"]], [read["bias"]], downs, ups)
         layout = ([0] * count, source, scales, [ir.shape(base)[-1]], out_dtype, False, False)
-        made = call(graph, torch.ops.fusewright.lora_group.default, (*group, *layout), out)
+        made = call(graph, *lora_groups.over_4bit([*group, *layout]), out)
         return [item(graph, item(graph, made, 0), 0)]
 
     ranks = [ir.shape(a.down)[0] for a in adapters]
+    params = {"r": ranks[0] if len(ranks) == 1 else ranks, "scale": scales, "dropout": bool(own)}
+    if added:
+        params["form"] = f"added: {added}"
+    elif quantised.is_weight(weight):
+        params["form"] = f"{weight.args[7]}, blocks of {weight.args[8]}"
     return Candidate(
         nodes=nodes,
         inputs=inputs,
-        reads={"weight": base.args[1], "bias": bias},  # type: ignore[dict-item]
+        reads={"weight": weight, "bias": bias},
         outputs=(out,),
         formula=formula,
         emit=emit,
-        params={"r": ranks[0] if len(ranks) == 1 else ranks, "scale": scales, "dropout": bool(own)},
+        params=params,
         cast="output",
         scaled=("x", *(f"d{i}" for i in range(len(own)))),
-        kernel="lora_group",
+        kernel=_kernel(weight, added),
     )

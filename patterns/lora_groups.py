@@ -23,6 +23,7 @@ from fusewright.compiler.rewrite import call, item
 from fusewright.compiler.storage import Storage
 from fusewright.kernels import room
 from fusewright.kernels.lora_group import Group, plan, takes
+from fusewright.patterns.quantised import is_weight
 
 aten = torch.ops.aten
 
@@ -30,14 +31,36 @@ _ALIGNED = 8  # columns; a piece that starts elsewhere would start within 16 byt
 # Where the arguments of lora_group are.
 _X, _INPUTS, _WEIGHTS, _BIASES, _DOWN, _UP, _MEMBER, _SOURCE, _SCALES = range(9)
 _WIDTHS, _DTYPE, _ROOMY, _GRAD_ROOMY = range(9, 13)
+# Of lora_group_4bit, whose weights are the packed ones, behind those: absmax, offset, nested absmax
+# and code, heights, kinds, block sizes; one entry per layer each.
+_HEIGHTS = 17
 
 
-def _op() -> Any:
+def _dense_op() -> Any:
     return torch.ops.fusewright.lora_group.default
 
 
+def _op_4bit() -> Any:
+    return torch.ops.fusewright.lora_group_4bit.default
+
+
+def _is_group(node: fx.Node) -> bool:
+    return node.target is _dense_op() or node.target is _op_4bit()
+
+
 def _groups(graph: fx.Graph) -> list[fx.Node]:
-    return [n for n in ir.calls(graph) if n.target is _op()]
+    return [n for n in ir.calls(graph) if _is_group(n)]
+
+
+def over_4bit(args: list[Any]) -> tuple[Any, list[Any]]:
+    """The op and its arguments, from those of lora_group, whose weights may be dequantised ones."""
+    dense = args[_WEIGHTS]
+    if not all(is_weight(w) for w in dense):
+        return _dense_op(), args
+    columns = [list(c) for c in zip(*(w.args for w in dense), strict=True)]
+    packed, absmax, offset, nested, codes, rows, _, kinds, sizes, nested_sizes, _ = columns
+    rest = (absmax, offset, nested, codes, rows, kinds, sizes, nested_sizes)
+    return _op_4bit(), [*args[:_WEIGHTS], packed, *args[_BIASES:13], *rest]
 
 
 def _args(node: fx.Node) -> list[Any]:
@@ -46,27 +69,56 @@ def _args(node: fx.Node) -> list[Any]:
 
 def merge(graph: fx.Graph) -> None:
     """One group per x, where the results' users can wait for it."""
+    _group_4bit(graph)
     if mutations(graph):
         return
-    by_input: dict[fx.Node, list[fx.Node]] = {}
+    by_input: dict[tuple[fx.Node, Any], list[fx.Node]] = {}
     for node in _groups(graph):
         if _mergeable(node):
-            by_input.setdefault(_args(node)[_X], []).append(node)
-    for x, members in by_input.items():
-        plain = [u for u in x.users if _frozen_linear(u, x, members[0])]
+            by_input.setdefault((_args(node)[_X], node.target), []).append(node)
+    for (x, op), members in by_input.items():
+        if not any(_args(m)[_DOWN] for m in members):
+            continue
+        dense = op is _dense_op()
+        plain = [u for u in x.users if dense and _frozen_linear(u, x, members[0])]
         together = [n for n in graph.nodes if n in members or n in plain]
         if len(together) > 1:
             _merge(graph, together)
 
 
+def _group_4bit(graph: fx.Graph) -> None:
+    """Make a group of its own of every layer over a 4-bit weight that has no adapter."""
+    for node in list(ir.calls(graph)):
+        if ir.is_call(node, aten.linear.default) and is_weight(node.args[1]):
+            with graph.inserting_before(node):
+                made = call(graph, *over_4bit(_as_group(node)), node)
+                y = item(graph, item(graph, made, 0), 0)
+            node.replace_all_uses_with(y)
+            graph.erase_node(node)
+
+
 def _mergeable(node: fx.Node) -> bool:
+    return _untrained(node) and _kind(node) is not None
+
+
+def _untrained(node: fx.Node) -> bool:
+    return node.target is _op_4bit() or all(_frozen(w) for w in _args(node)[_WEIGHTS])
+
+
+def _group(node: fx.Node) -> Group:
+    """The group in fake tensors."""
     args = _args(node)
-    return all(_frozen(w) for w in args[_WEIGHTS]) and _kind(node) is not None
+    group = Group(*fx.map_arg(tuple(args[:9]), ir.value))
+    if node.target is _op_4bit():
+        width, dtype = ir.shape(args[_X])[-1], ir.dtype(args[_X])
+        dense = [torch.empty((n, width), dtype=dtype, device="meta") for n in args[_HEIGHTS]]
+        group = group._replace(weights=dense)
+    return group
 
 
 def _kind(node: fx.Node) -> Any:
     """What layers must have in common; None where the augmented product does not serve them."""
-    group = Group(*fx.map_arg(tuple(_args(node)[:9]), ir.value))
+    group = _group(node)
     fits = takes(group, _args(node)[_DTYPE]) and group.weights[0].shape[0] % _ALIGNED == 0
     return (group.x.dtype, group.dtype) if fits else None
 
@@ -92,7 +144,7 @@ def _frozen_linear(node: fx.Node, x: fx.Node, like: fx.Node) -> bool:
 
 def _as_group(node: fx.Node) -> list[Any]:
     """The arguments of a member, a plain layer as a group without adapters."""
-    if node.target is _op():
+    if _is_group(node):
         return _args(node)
     weight, bias = node.args[1], ir.argument(node, 2)
     widths = [ir.shape(node)[-1]]
@@ -115,27 +167,29 @@ def _as_group(node: fx.Node) -> list[Any]:
 
 def _result(member: fx.Node) -> fx.Node:
     """The node that stands for a member's y."""
-    if member.target is not _op():
+    if not _is_group(member):
         return member
     ys = next(u for u in member.users if u.args[1] == 0)
     return next(iter(ys.users))
 
 
 def _merge(graph: fx.Graph, members: Sequence[fx.Node]) -> None:
-    if len({_kind(m) for m in members if m.target is _op()}) > 1:
+    if len({_kind(m) for m in members if _is_group(m) and _args(m)[_DOWN]}) > 1:
         return
+    op = next(m.target for m in members if _is_group(m))
     joined = _as_group(members[0])
     for member in members[1:]:
         more = _as_group(member)
         offset, layers = len(joined[_INPUTS]), len(joined[_WEIGHTS])
         more[_MEMBER] = [j + layers for j in more[_MEMBER]]
         more[_SOURCE] = [i + offset if i >= 0 else i for i in more[_SOURCE]]
-        for at in (_INPUTS, _WEIGHTS, _BIASES, _DOWN, _UP, _MEMBER, _SOURCE, _SCALES, _WIDTHS):
+        lists = [at for at in range(len(joined)) if isinstance(joined[at], (list, tuple))]
+        for at in lists:
             joined[at] = [*joined[at], *more[at]]
     heights, joined[_WIDTHS] = joined[_WIDTHS], [sum(joined[_WIDTHS])]
     results = [_result(m) for m in members]
     with graph.inserting_before(members[-1]):
-        y = item(graph, item(graph, call(graph, _op(), joined, results[0]), 0), 0)
+        y = item(graph, item(graph, call(graph, op, joined, results[0]), 0), 0)
         pieces = call(graph, aten.split_with_sizes.default, (y, heights, -1), results[0])
         made = [item(graph, pieces, i) for i in range(len(heights))]
     for old, new in zip(results, made, strict=True):
@@ -154,13 +208,14 @@ def settle(graph: fx.Graph) -> list[Storage]:
     wanted = []
     for node in _groups(graph):
         args = _args(node)
-        if not all(_frozen(w) for w in args[_WEIGHTS]) or not args[_DOWN] or _kind(node) is None:
+        if not _untrained(node) or not args[_DOWN] or _kind(node) is None:
             continue
         if room.serves(ir.value(args[_X]).device):
-            how = plan(Group(*fx.map_arg(tuple(args[:9]), ir.value)))
+            how = plan(_group(node))
             space = room.needed(how.columns, how.thin)
             _make_room(graph, node, space)
-            wanted.append(_storage(node, space))
+            if node.target is _dense_op():
+                wanted.append(_storage(node, space))
         _separate(graph, node)
     return wanted
 
@@ -195,7 +250,7 @@ def _separate(graph: fx.Graph, node: fx.Node) -> None:
         return
     args[_WIDTHS] = list(split.args[1])  # type: ignore[call-overload]
     with graph.inserting_before(node):
-        ys = item(graph, call(graph, _op(), args, node), 0)
+        ys = item(graph, call(graph, node.target, args, node), 0)
         made = [item(graph, ys, i) for i in range(len(args[_WIDTHS]))]
     for old in list(split.users):
         new = made[old.args[1]]  # type: ignore[index]
@@ -212,7 +267,7 @@ def _make_room(graph: fx.Graph, node: fx.Node, space: room.Room) -> None:
     x = args[_X]
     producer = x.args[0] if ir.is_call(x, operator.getitem) and x.args[1] == 0 else x
     # Two groups would write over each other's thin products, which the backward reads.
-    groups = [u for u in x.users if u.target is _op()]
+    groups = [u for u in x.users if _is_group(u)]
     unseen = len(groups) == 1 and all(
         u is node or ir.is_call(u, aten.linear.default) for u in x.users
     )
