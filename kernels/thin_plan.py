@@ -161,11 +161,12 @@ def right_tile(
     if mode == 2:
         tile = Tile(32, 32 if ranks < 64 else 16, 3, 4, 2)
     elif mode and limits.shared < _ROOMY:
-        tile = Tile(64, 32, 4, 4, 2)
+        tile = Tile(32, 64, 4, 4, 2)
     elif ranks << 2 * mode <= 64:  # three parts and a sum of their own take registers
         tile = Tile(64, 128, 4, 4, 2)
     else:
-        tile = Tile(64, 64, 4, 4, 1) if mode else Tile(128, 64, 4, 8, 1)
+        columns = 64 if ranks <= 64 else 32
+        tile = Tile(64, columns, 4, 8, 1) if mode else Tile(128, 64, 4, 8, 1)
     while True:
         step = tile.columns * (tile.rows * item + ranks * thin_item)
         if fits := _fitting(tile, step, 0, limits):
@@ -187,7 +188,7 @@ def left_tile(
     elif ranks << mode <= 64 and not mode:
         tile = Tile(64, 128, 4, 4, 2)
     elif mode:
-        tile = Tile(64 if roomy else 32, 64, 4, 4, 2)
+        tile = Tile(32, 64, 4, 8, 2)
     else:
         tile = Tile(64, 128, 4, 8, 2) if roomy else Tile(32, 64, 4, 8, 2)
     while True:
