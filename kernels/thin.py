@@ -9,7 +9,7 @@ r / C and r / T of that. On the way M can be copied into a wider buffer W (T, Wd
 behind it, so that [M | P] is the operand of one GEMM.
 
 Where it rounds. Both operands in the same 16 bits: products and sums in float32, scaled in float32,
-rounded once to that dtype. A float32 operand beside M in bfloat16 is taken as the sum of three bfloat16,
+rounded once to that dtype. A float32 operand beside M in bfloat16 is split first in three bfloat16,
 which is exact, its products with M are exact in float32, and the result is float32. Any other
 mixture is computed in float32. A float32 P goes into a 16-bit W as three groups [hi | lo | hi], the
 partner of [V_hi | V_hi | V_lo] in the other operand (``thin_copies.Copy``):
@@ -83,7 +83,8 @@ def reference(
             left = _mm(u.t(), m, term.left_scale) if term.left_transposed else None
             left = _mm(m.t(), u, term.left_scale) if left is None else left
         if right is not None and wide is not None and term.column is not None:
-            right = _place(right, wide, term.column)
+            placed = _place(right, wide, term.column)
+            right = right if wide.dense else placed
         results.append(Result(right, left))
     if wide is not None:
         for m, column in zip(blocks, wide.columns, strict=True):

@@ -49,12 +49,14 @@ class Wide(NamedTuple):
         step: from each group of a float32 P to the next, if P is written as [hi | lo | hi]; with 0
             it is rounded.
         zero: the range of columns to be zeroed; nothing else is written there.
+        dense: results are dense tensors, also where they were written to the buffer.
     """
 
     buffer: torch.Tensor
     columns: Sequence[int | None]
     step: int = 0
     zero: tuple[int, int] = (0, 0)
+    dense: bool = False
 
 
 class Result(NamedTuple):
@@ -123,7 +125,7 @@ def passes(facts: tuple[Fact, ...], both_most: int) -> tuple[Pass, ...]:
         for group in _groups(facts, terms, fact.rank):
             slots = len(group) if len({facts[i].block for i in group}) == 1 else 1
             both = fact.right and fact.left
-            if both and slots * padded(fact.rank) > both_most:
+            if both and padded(slots * fact.rank) > both_most:
                 found += [Pass(group, True, False), Pass(group, False, True)]
             else:
                 found.append(Pass(group, fact.right, fact.left))
@@ -137,7 +139,7 @@ def _groups(facts: Sequence[Fact], terms: list[int], rank: int) -> list[tuple[in
         of.setdefault(facts[at].block, []).append(at)
     single = [group[0] for group in of.values() if len(group) == 1]
     groups = [tuple(single[i : i + MOST_TERMS]) for i in range(0, len(single), MOST_TERMS)]
-    most = max(1, min(MOST_TERMS, MOST_RANK // padded(rank)))
+    most = max(n for n in range(1, MOST_TERMS + 1) if n == 1 or padded(n * rank) <= MOST_RANK)
     for group in of.values():
         if len(group) > 1:
             groups += [tuple(group[i : i + most]) for i in range(0, len(group), most)]
@@ -193,7 +195,7 @@ def left_tile(
         tile = Tile(64, 128, 4, 8, 2) if roomy else Tile(32, 64, 4, 8, 2)
     while True:
         step = tile.rows * (tile.columns * item + ranks * thin_item)
-        kept = tile.columns * ranks * item * (2 if mode == 1 else 1) if right else 0
+        kept = tile.columns * ranks * thin_item if right else 0
         if fits := _fitting(tile, step, kept, limits):
             return fits
         tile = tile._replace(columns=tile.columns // 2)
