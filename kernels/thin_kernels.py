@@ -28,6 +28,7 @@ from fusewright.kernels.thin_parts import (
     block_of,
     clear,
     give,
+    operand_of,
     pick,
     share,
     small_copy,
@@ -100,7 +101,7 @@ def _right(
     BLOCKS: tl.constexpr, SLOTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     MODE: tl.constexpr, TRANSPOSED: tl.constexpr, COPY: tl.constexpr, PLACED: tl.constexpr,
     SPLIT: tl.constexpr, EVEN: tl.constexpr, ZERO: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(rows, BT)
     slab = program // tiles
@@ -112,7 +113,7 @@ def _right(
     TERMS: tl.constexpr = BLOCKS * SLOTS
     term, place, out_column = term_of(block, R, RP, SLOTS)
     inside = tl.arange(0, RP)[None, :] < SLOTS * R
-    v = pick(term, v0, v1, v2, v3, TERMS)
+    v = operand_of(term, v0, v1, v2, v3, BLOCKS, SLOTS, ALIGNED)
     v_row = pick(term, v0_row, v1_row, v2_row, v3_row, TERMS)
     copy = pick(block, copy0, copy1, copy2, copy3, BLOCKS)
     line = tl.arange(0, BT)
@@ -153,7 +154,7 @@ def right_products(
     BLOCKS: tl.constexpr, SLOTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     MODE: tl.constexpr, TRANSPOSED: tl.constexpr, COPY: tl.constexpr, PLACED: tl.constexpr,
     SPLIT: tl.constexpr, EVEN: tl.constexpr, ZERO: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
     TASKS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr,
     COPIED: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -166,6 +167,7 @@ def right_products(
             v1_row, v2_row, v3_row, first1, first2, first3, copy0, copy1, copy2, copy3,
             to0, to1, to2, to3, scale0, scale1, scale2, scale3, out_row, wide_row, step, zero_from, zero_to,
             BLOCKS, SLOTS, R, RP, MODE, TRANSPOSED, COPY, PLACED, SPLIT, EVEN, ZERO, BT, BK, STAGES,
+            ALIGNED,
         )  # fmt: skip
     elif TASKS > 0:
         small_copy(program - programs, table_ptr, TASKS, SOURCE, TARGET, COPIED, AT_ONCE)
@@ -180,6 +182,7 @@ def _left(
     BLOCKS: tl.constexpr, SLOTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     MODE: tl.constexpr, TRANSPOSED: tl.constexpr, COPY: tl.constexpr,
     EVEN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     RIGHT: tl.constexpr = right_ptr is not None
     part = program // slabs
@@ -190,7 +193,7 @@ def _left(
     TERMS: tl.constexpr = BLOCKS * SLOTS
     term, place, _ = term_of(block, R, RP, SLOTS)
     within = tl.arange(0, RP)[None, :] < SLOTS * R
-    u = pick(term, u0, u1, u2, u3, TERMS)
+    u = operand_of(term, u0, u1, u2, u3, BLOCKS, SLOTS, ALIGNED)
     u_row = pick(term, u0_row, u1_row, u2_row, u3_row, TERMS)
     copy = pick(block, copy0, copy1, copy2, copy3, BLOCKS)
     c = (slab - first) * BC
@@ -200,7 +203,7 @@ def _left(
     at = line[:, None] * stride + tl.arange(0, BC)[None, :]
     u_at = line[:, None] * u_row + place
     if RIGHT:
-        v = pick(term, v0, v1, v2, v3, TERMS)
+        v = operand_of(term, v0, v1, v2, v3, BLOCKS, SLOTS, ALIGNED)
         v_row = pick(term, v0_row, v1_row, v2_row, v3_row, TERMS)
         v_high, v_low = _right_operand(
             v, column, width, v_row, v_apart, place, within, R, TRANSPOSED, EVEN, MODE
@@ -235,6 +238,7 @@ def left_products(
     BLOCKS: tl.constexpr, SLOTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     MODE: tl.constexpr, TRANSPOSED: tl.constexpr, COPY: tl.constexpr,
     EVEN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr,
     TASKS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr,
     COPIED: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -246,7 +250,7 @@ def left_products(
             rows, part_rows, slabs, columns, v_apart, u_apart, c0, c1, c2, c3,
             m0_row, m1_row, m2_row, m3_row, v0_row, v1_row, v2_row, v3_row, u0_row, u1_row, u2_row, u3_row, first1, first2, first3,
             before1, before2, before3, copy0, copy1, copy2, copy3, wide_row,
-            BLOCKS, SLOTS, R, RP, MODE, TRANSPOSED, COPY, EVEN, BT, BC, STAGES,
+            BLOCKS, SLOTS, R, RP, MODE, TRANSPOSED, COPY, EVEN, BT, BC, STAGES, ALIGNED,
         )  # fmt: skip
     elif TASKS > 0:
         small_copy(program - programs, table_ptr, TASKS, SOURCE, TARGET, COPIED, AT_ONCE)

@@ -142,6 +142,7 @@ class _Launch:
         us = [_lined(t.left, True) for t in terms] if one.left else []
         self.vs, self.v_apart = _parts_of(vs, self.ms[0].dtype) if split and vs else (vs, 0)
         self.us, self.u_apart = _parts_of(us, self.ms[0].dtype) if split and us else (us, 0)
+        self.aligned = not any(t.data_ptr() % 16 for t in (*self.vs, *self.us))
         self.lefts = self._left_outputs()
         self.out, self.rights = self._right_outputs()
 
@@ -227,7 +228,7 @@ class _Launch:
              self.rank * len(self.terms), wide_row, step, *zero),
             (*self._shape_constants(), self.mode, self.terms[0].right_transposed, self.copies,
              done and self.placed, self.split, self._even(cut.columns), self.zero if done else 0,
-             cut.rows, cut.columns, cut.stages, *work.constants),
+             cut.rows, cut.columns, cut.stages, self.aligned, *work.constants),
             cut.warps,
         )  # fmt: skip
 
@@ -243,7 +244,7 @@ class _Launch:
              *_four([v.stride(0) for v in self.vs], 0), *_four([u.stride(0) for u in self.us], 0),
              *cut.firsts, *self._befores(), *copies, wide_row),
             (*self._shape_constants(), self.mode, self.terms[0].right_transposed, self.copies,
-             self._even(cut.columns), cut.rows, cut.columns, cut.stages, *work.constants),
+             self._even(cut.columns), cut.rows, cut.columns, cut.stages, self.aligned, *work.constants),
             cut.warps,
         )  # fmt: skip
 

@@ -64,6 +64,34 @@ def term_of(block, R: tl.constexpr, RP: tl.constexpr, SLOTS: tl.constexpr):
 
 
 @triton.jit
+def _apart(a, b, ALIGNED: tl.constexpr):
+    """How many elements b begins behind a; pointers at multiples of 16 bytes if ALIGNED."""
+    BYTES: tl.constexpr = a.dtype.element_ty.primitive_bitwidth // 8
+    between = (b.to(tl.int64) - a.to(tl.int64)) // BYTES
+    return tl.multiple_of(between, 16 // BYTES) if ALIGNED else between
+
+
+@triton.jit
+def operand_of(
+    term, a, b, c, d, BLOCKS: tl.constexpr, SLOTS: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Where a term's operand begins: of one matrix, or for each column of several slots.
+
+    Columns get distances from the first operand, since not every compiler selects pointers.
+    """
+    if SLOTS == 1:
+        return pick(term, a, b, c, d, BLOCKS)
+    elif SLOTS == 2:
+        return a + pick(term, wide(0), _apart(a, b, ALIGNED), 0, 0, 2)
+    elif SLOTS == 3:
+        return a + pick(term, wide(0), _apart(a, b, ALIGNED), _apart(a, c, ALIGNED), 0, 3)
+    else:
+        return a + pick(
+            term, wide(0), _apart(a, b, ALIGNED), _apart(a, c, ALIGNED), _apart(a, d, ALIGNED), 4
+        )
+
+
+@triton.jit
 def give(
     p, scale, inside, row, rows, out_column, wide_column, out_ptr, wide_ptr, out_row, wide_row, step,
     SPLIT: tl.constexpr,
@@ -203,7 +231,7 @@ def sum_shares(
             at = left_ptr + ((before + column)[:, None] * RP + k)
             total = _sum(at, 0, parts, columns * RP, mask, BLOCK, RP, LEFT_AHEAD)
             total *= pick(term, left0, left1, left2, left3, TERMS)
-            to = pick(term, l0, l1, l2, l3, TERMS)
+            to = operand_of(term, l0, l1, l2, l3, BLOCKS, SLOTS, True)
             if TRANSPOSED:
                 to += place * width + column[:, None]
             else:
