@@ -14,6 +14,8 @@ from fusewright.kernels.thin_copies import Copy, Work
 from fusewright.kernels.thin_kernels import left_products, right_products
 from fusewright.kernels.thin_parts import split_parts, sum_shares
 from fusewright.kernels.thin_plan import (
+    MOST_RANK,
+    SINGLE_RANK,
     Cut,
     Fact,
     Pass,
@@ -75,7 +77,9 @@ def run(
     """The products of every term; see ``thin.thin``, which has checked the operands."""
     works = thin_copies.prepare(copies)
     most = both_ranks(device.limits(blocks[0].device))
-    made = passes(tuple(_fact(term, wide) for term in terms), most)
+    facts = tuple(_fact(term, wide) for term in terms)
+    single = any(_mode(blocks[0].dtype, fact.dtype) == _SINGLE for fact in facts)
+    made = passes(facts, most, SINGLE_RANK if single else MOST_RANK)
     rights: list[Maybe] = [None] * len(terms)
     lefts: list[Maybe] = [None] * len(terms)
     columns = [] if wide is None else list(wide.columns)
