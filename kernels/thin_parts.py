@@ -72,9 +72,7 @@ def _apart(a, b, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def operand_of(
-    term, a, b, c, d, BLOCKS: tl.constexpr, SLOTS: tl.constexpr, ALIGNED: tl.constexpr
-):
+def operand_of(term, a, b, c, d, BLOCKS: tl.constexpr, SLOTS: tl.constexpr, ALIGNED: tl.constexpr):
     """Where a term's operand begins: of one matrix, or for each column of several slots.
 
     Columns get distances from the first operand, since not every compiler selects pointers.

@@ -116,9 +116,7 @@ def both_ranks(limits: Limits) -> int:
 
 
 @functools.lru_cache(maxsize=512)
-def passes(
-    facts: tuple[Fact, ...], both_most: int, most: int = MOST_RANK
-) -> tuple[Pass, ...]:
+def passes(facts: tuple[Fact, ...], both_most: int, most: int = MOST_RANK) -> tuple[Pass, ...]:
     """The launches that make all products: of at most ``most`` ranks of one matrix, where a term
     alone has no more; up to ``both_most`` ranks P and L share one."""
     alike: dict[Fact, list[int]] = {}

@@ -148,6 +148,21 @@ def test_a_wider_buffer_receives_blocks_and_products(
             assert result.right is not None and result.right.data_ptr() == high.data_ptr()
 
 
+@pytest.mark.parametrize("rows", [5, 70])
+def test_dense_results_beside_the_wider_buffer(backend: Backend, rows: int) -> None:
+    m = new(backend, rows, 64, dtype=BF16)
+    downs = [new(backend, 3, 64, dtype=BF16) for _ in range(3)]
+    buffer = torch.full((rows, 80), GARBAGE, device=backend.device, dtype=BF16)
+    terms = [Term(0, a, True, 0.5, 64 + 3 * i) for i, a in enumerate(downs)]
+    found = run(backend)([m], terms, Wide(buffer, [0], 0, (73, 80), True))
+    for at, (a, result) in enumerate(zip(downs, found, strict=True)):
+        check(backend, result.right, product(m, a.t(), 0.5), BF16, BF16)
+        assert result.right is not None
+        assert result.right.untyped_storage()._cdata != buffer.untyped_storage()._cdata
+        assert torch.equal(result.right, buffer[:, 64 + 3 * at : 67 + 3 * at])
+    assert torch.equal(buffer[:, :64], m) and not buffer[:, 73:].any()
+
+
 def test_a_block_that_lies_in_the_buffer_stays(backend: Backend) -> None:
     buffer = torch.full((33, 96), GARBAGE, device=backend.device)
     buffer[:, :64] = torch.randn(33, 64)
