@@ -97,7 +97,8 @@ def right(
     ]
     into = None
     if wide is not None:
-        into = Wide(wide, [0 if copy else None], how.step, (width + how.thin, wide.shape[1]))
+        zero = (width + how.thin, wide.shape[1])
+        into = Wide(wide, [0 if copy else None], how.step, zero, True)
     found: dict[int, torch.Tensor] = {}
     shared = [i for i in range(len(terms)) if i not in own]
     for i, result in zip(shared, _multiply([rows], [terms[i] for i in shared], into, copies),

@@ -9,7 +9,7 @@ r / C and r / T of that. On the way M can be copied into a wider buffer W (T, Wd
 behind it, so that [M | P] is the operand of one GEMM.
 
 Where it rounds. Both operands in the same 16 bits: products and sums in float32, scaled in float32,
-rounded once to that dtype. A float32 operand beside M in bfloat16 is taken as the sum of three bfloat16,
+rounded once to that dtype. A float32 operand beside M in bfloat16 is split first in three bfloat16,
 which is exact, its products with M are exact in float32, and the result is float32. Any other
 mixture is computed in float32. A float32 P goes into a 16-bit W as three groups [hi | lo | hi], the
 partner of [V_hi | V_hi | V_lo] in the other operand (``thin_copies.Copy``):
@@ -21,6 +21,7 @@ Sums are taken in an order that depends on shapes, dtypes and the device's limit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -32,6 +33,8 @@ from fusewright.kernels.thin_plan import MOST_RANK, Result, Term, Wide
 __all__ = ["Copy", "Result", "Term", "Wide", "reference", "thin"]
 
 _KINDS = frozenset((torch.bfloat16, torch.float16, torch.float32))
+_MOST = 1024  # signatures remembered, before all are forgotten
+_seen: dict[tuple[Any, ...], bool] = {}  # whether the kernels take what was checked before
 
 
 def thin(
@@ -56,13 +59,38 @@ def thin(
         ValueError: shapes or devices do not fit.
         TypeError: the wide buffer's dtype is not the blocks', or a copy cannot be split.
     """
-    _check(blocks, terms, wide)
-    thin_copies.check(copies, blocks[0].device)
-    if not _launchable(blocks, terms, wide):
+    signature = _signature(blocks, terms, wide)
+    launchable = _seen.get(signature)
+    if launchable is None:
+        _check(blocks, terms, wide)
+        if len(_seen) >= _MOST:
+            _seen.clear()
+        launchable = _seen[signature] = _launchable(blocks, terms, wide)
+    if copies:
+        thin_copies.check(copies, blocks[0].device)
+    if not launchable:
         results = reference(blocks, terms, wide)
         thin_copies.run(copies)
         return results
     return thin_launch.run(blocks, terms, wide, copies)
+
+
+def _look(t: torch.Tensor | None) -> tuple[Any, ...] | None:
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.device)
+
+
+def _signature(
+    blocks: Sequence[torch.Tensor], terms: Sequence[Term], wide: Wide | None
+) -> tuple[Any, ...]:
+    """All that the checks look at."""
+    into = None
+    if wide is not None:
+        into = (_look(wide.buffer), tuple(wide.columns), wide.step, tuple(wide.zero))
+    return (
+        into,
+        *[_look(m) for m in blocks],
+        *[(t.block, _look(t.right), t.right_transposed, t.column, _look(t.left)) for t in terms],
+    )
 
 
 def reference(
@@ -83,7 +111,8 @@ def reference(
             left = _mm(u.t(), m, term.left_scale) if term.left_transposed else None
             left = _mm(m.t(), u, term.left_scale) if left is None else left
         if right is not None and wide is not None and term.column is not None:
-            right = _place(right, wide, term.column)
+            placed = _place(right, wide, term.column)
+            right = right if wide.dense else placed
         results.append(Result(right, left))
     if wide is not None:
         for m, column in zip(blocks, wide.columns, strict=True):

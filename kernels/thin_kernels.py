@@ -7,15 +7,17 @@ Two ways to walk over a wide matrix M (rows, columns), each element of which is 
 ``left_products``   a program takes a slab of BC columns and walks over a part of the rows: L of the
                     part stays in registers; where P is wanted too, each tile gives the slab's share.
 
-Shares of P (slab, row, slot, rank) and of L (part, column, slot, rank) go to a float32 scratch, and
+Shares of P (slab, row, rank) and of L (part, column, rank) go to a float32 scratch, and
 ``sum_shares`` adds them in the order of slabs and parts: nothing depends on who finished first.
 
-A launch has up to four matrices with one thin operand each, or one matrix with up to four (slots);
-all thin operands of a launch have the same rank R, padded to RP columns.
+A launch has up to four matrices with one thin operand each, or one matrix with up to four (slots)
+that are loaded beside each other, as one operand of SLOTS R columns; these are padded to RP. All thin
+operands of a launch have the same rank R.
 
-MODE 0: both operands in the same 16 bits. MODE 1: M in bfloat16, the thin operand in float32, taken
-as the sum of three bfloat16, which is exact. MODE 2: float32 arithmetic throughout. In modes 1 and 2
-the products of a tile are summed by themselves and then added, so that sums stay short.
+MODE 0: both operands in the same 16 bits. MODE 1: M in bfloat16, the thin operand in float32, given
+as three bfloat16 ``apart`` from each other (``thin_parts.split_parts``) whose sum it is exactly.
+MODE 2: float32 arithmetic throughout. In modes 1 and 2 the products of a tile are summed by themselves
+and then added, so that sums stay short.
 """
 
 from __future__ import annotations
@@ -26,44 +28,41 @@ from fusewright.kernels.thin_parts import (
     block_of,
     clear,
     give,
+    operand_of,
     pick,
     share,
-    share_all,
     small_copy,
+    term_of,
     wide,
 )
 
 
 @triton.jit
-def _rounded(thin, like, MODE: tl.constexpr):
-    """The thin operand as it enters the tensor cores."""
-    return thin.to(tl.float32) if MODE == 2 else thin.to(like.dtype.element_ty)
-
-
-@triton.jit
-def _rest(thin, like, MODE: tl.constexpr):
-    """What rounding the thin operand to 16 bits left over, as two parts of 16 bits."""
+def _thin(at, apart, mask, MODE: tl.constexpr):
+    """A thin operand as it enters the tensor cores, and its rest as a pair in MODE 1."""
+    high = tl.load(at, mask=mask, other=0.0)
     if MODE == 1:
-        high = thin.to(like.dtype.element_ty)
-        rest = thin - high.to(tl.float32)
-        low = rest.to(like.dtype.element_ty)
-        return low, (rest - low.to(tl.float32)).to(like.dtype.element_ty)
+        middle = tl.load(at + apart, mask=mask, other=0.0)
+        lowest = tl.load(at + 2 * apart, mask=mask, other=0.0)
+        return high, (middle, lowest)
+    elif MODE == 2:
+        return high.to(tl.float32), (0, 0)
     else:
-        return thin, thin
+        return high, (0, 0)
 
 
 @triton.jit
 def _product(m, high, low, total, MODE: tl.constexpr):
-    """total + m (high + low + lowest), accumulated in float32; ``low`` is a pair."""
+    """total + m (high + low), accumulated in float32; ``low`` is a pair."""
     if MODE == 2:
         return total + tl.dot(m.to(tl.float32), high, input_precision="ieee")
-    middle, lowest = low
     if WIDEN:
         m, high = m.to(tl.float32), high.to(tl.float32)
-        middle, lowest = middle.to(tl.float32), lowest.to(tl.float32)
     if MODE == 1:
-        part = tl.dot(m, middle, tl.dot(m, lowest))
-        total += tl.dot(m, high, part)
+        middle, lowest = low
+        if WIDEN:
+            middle, lowest = middle.to(tl.float32), lowest.to(tl.float32)
+        total += tl.dot(m, high, tl.dot(m, middle, tl.dot(m, lowest)))
     else:
         total = tl.dot(m, high, total)
     return total
@@ -71,19 +70,18 @@ def _product(m, high, low, total, MODE: tl.constexpr):
 
 @triton.jit
 def _right_operand(
-    ptr, column, width, stride, R: tl.constexpr, RP: tl.constexpr,
-    TRANSPOSED: tl.constexpr, EVEN: tl.constexpr,
+    ptr, column, width, stride, apart, place, inside, R: tl.constexpr, TRANSPOSED: tl.constexpr,
+    EVEN: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """Rows ``column`` of V as (columns, RP), whether it lies as (columns, R) or as (R, columns)."""
-    k = tl.arange(0, RP)[None, :]
     if TRANSPOSED:
-        at = k * stride + column[:, None]
+        at = place * stride + column[:, None]
     else:
-        at = column[:, None] * R + k
-    mask = k < R
+        at = column[:, None] * R + place
+    mask = inside
     if not EVEN:
         mask = mask & (column < width)[:, None]
-    return tl.load(ptr + at, mask=mask, other=0.0)
+    return _thin(ptr + at, apart, mask, MODE)
 
 
 @triton.jit
@@ -95,25 +93,15 @@ def _copied(m, wide_ptr, row, wide_row, copy, column, mask):
 
 
 @triton.jit
-def _added(
-    total, m, v, v_row, column, width, like, R: tl.constexpr, TRANSPOSED: tl.constexpr,
-    EVEN: tl.constexpr, MODE: tl.constexpr,
-):  # fmt: skip
-    """total + M V of some columns."""
-    t = _right_operand(v, column, width, v_row, R, total.shape[1], TRANSPOSED, EVEN)
-    return _product(m, _rounded(t, like, MODE), _rest(t, like, MODE), total, MODE)
-
-
-@triton.jit
 def _right(
     program, m0, m1, m2, m3, v0, v1, v2, v3, partial_ptr, out_ptr, wide_ptr,
-    rows, slab_columns, c0, c1, c2, c3, m0_row, m1_row, m2_row, m3_row, v0_row, v1_row, v2_row,
-    v3_row, first1, first2, first3, copy0, copy1, copy2, copy3,
+    rows, slab_columns, apart, c0, c1, c2, c3, m0_row, m1_row, m2_row, m3_row, v0_row, v1_row,
+    v2_row, v3_row, first1, first2, first3, copy0, copy1, copy2, copy3,
     to0, to1, to2, to3, scale0, scale1, scale2, scale3, out_row, wide_row, step, zero_from, zero_to,
     BLOCKS: tl.constexpr, SLOTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     MODE: tl.constexpr, TRANSPOSED: tl.constexpr, COPY: tl.constexpr, PLACED: tl.constexpr,
     SPLIT: tl.constexpr, EVEN: tl.constexpr, ZERO: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(rows, BT)
     slab = program // tiles
@@ -122,47 +110,37 @@ def _right(
     width = pick(block, c0, c1, c2, c3, BLOCKS)
     stride = pick(block, m0_row, m1_row, m2_row, m3_row, BLOCKS)
     base = pick(block, m0, m1, m2, m3, BLOCKS) + first_row.to(tl.int64) * stride
-    v = pick(block, v0, v1, v2, v3, BLOCKS)
-    v_row = pick(block, v0_row, v1_row, v2_row, v3_row, BLOCKS)
+    TERMS: tl.constexpr = BLOCKS * SLOTS
+    term, place, out_column = term_of(block, R, RP, SLOTS)
+    inside = tl.arange(0, RP)[None, :] < SLOTS * R
+    v = operand_of(term, v0, v1, v2, v3, BLOCKS, SLOTS, ALIGNED)
+    v_row = pick(term, v0_row, v1_row, v2_row, v3_row, TERMS)
     copy = pick(block, copy0, copy1, copy2, copy3, BLOCKS)
     line = tl.arange(0, BT)
     row = first_row + line
     there = (row < rows)[:, None]
     at = line[:, None] * stride + tl.arange(0, BK)[None, :]
-    p0 = tl.zeros([BT, RP], tl.float32)
-    p1 = tl.zeros([BT if SLOTS > 1 else 1, RP], tl.float32)
-    p2 = tl.zeros([BT if SLOTS > 2 else 1, RP], tl.float32)
-    p3 = tl.zeros([BT if SLOTS > 3 else 1, RP], tl.float32)
+    p = tl.zeros([BT, RP], tl.float32)
     start = (slab - first) * slab_columns
     end = tl.minimum(start + slab_columns, width)
     for c in tl.range(start, end, BK, num_stages=STAGES):
         column = c + tl.arange(0, BK)
         mask = there if EVEN else there & (column < width)[None, :]
         m = tl.load(base + c + at, mask=mask, other=0.0, eviction_policy="evict_first")
-        p0 = _added(p0, m, v, v_row, column, width, m0, R, TRANSPOSED, EVEN, MODE)
-        if SLOTS > 1:
-            p1 = _added(p1, m, v1, v1_row, column, width, m0, R, TRANSPOSED, EVEN, MODE)
-        if SLOTS > 2:
-            p2 = _added(p2, m, v2, v2_row, column, width, m0, R, TRANSPOSED, EVEN, MODE)
-        if SLOTS > 3:
-            p3 = _added(p3, m, v3, v3_row, column, width, m0, R, TRANSPOSED, EVEN, MODE)
+        high, low = _right_operand(
+            v, column, width, v_row, apart, place, inside, R, TRANSPOSED, EVEN, MODE
+        )
+        p = _product(m, high, low, p, MODE)
         if COPY:
             _copied(m, wide_ptr, first_row, wide_row, copy, copy + c, mask)
     if partial_ptr is not None:
-        before = slab.to(tl.int64) * rows + first_row
-        share_all(partial_ptr, before, p0, p1, p2, p3, there, SLOTS)
+        share(partial_ptr, slab.to(tl.int64) * rows + first_row, p, there)
     else:
         placed = wide_ptr if PLACED else None
-        scale = pick(block, scale0, scale1, scale2, scale3, BLOCKS)
-        to_column = pick(block, to0, to1, to2, to3, BLOCKS)
-        give(p0, scale, block, row, rows, to_column, out_ptr, placed, out_row, wide_row, step,
-              R, SPLIT)  # fmt: skip
-        if SLOTS > 1:
-            give(p1, scale1, 1, row, rows, to1, out_ptr, placed, out_row, wide_row, step, R, SPLIT)
-        if SLOTS > 2:
-            give(p2, scale2, 2, row, rows, to2, out_ptr, placed, out_row, wide_row, step, R, SPLIT)
-        if SLOTS > 3:
-            give(p3, scale3, 3, row, rows, to3, out_ptr, placed, out_row, wide_row, step, R, SPLIT)
+        scale = pick(term, scale0, scale1, scale2, scale3, TERMS)
+        wide_column = pick(term, to0, to1, to2, to3, TERMS) + place
+        give(p, scale, inside, row, rows, out_column, wide_column, out_ptr, placed, out_row,
+             wide_row, step, SPLIT)  # fmt: skip
         if slab == 0:
             clear(row, rows, wide_ptr, wide_row, zero_from, zero_to, ZERO)
 
@@ -170,13 +148,13 @@ def _right(
 @triton.jit
 def right_products(
     m0, m1, m2, m3, v0, v1, v2, v3, partial_ptr, out_ptr, wide_ptr, table_ptr,
-    programs, rows, slab_columns, c0, c1, c2, c3, m0_row, m1_row, m2_row, m3_row,
+    programs, rows, slab_columns, apart, c0, c1, c2, c3, m0_row, m1_row, m2_row, m3_row,
     v0_row, v1_row, v2_row, v3_row, first1, first2, first3, copy0, copy1, copy2, copy3,
     to0, to1, to2, to3, scale0, scale1, scale2, scale3, out_row, wide_row, step, zero_from, zero_to,
     BLOCKS: tl.constexpr, SLOTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     MODE: tl.constexpr, TRANSPOSED: tl.constexpr, COPY: tl.constexpr, PLACED: tl.constexpr,
     SPLIT: tl.constexpr, EVEN: tl.constexpr, ZERO: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
     TASKS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr,
     COPIED: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -185,61 +163,26 @@ def right_products(
     if program < programs:
         _right(
             program, m0, m1, m2, m3, v0, v1, v2, v3, partial_ptr, out_ptr, wide_ptr,
-            rows, slab_columns, c0, c1, c2, c3, m0_row, m1_row, m2_row, m3_row, v0_row, v1_row,
-            v2_row, v3_row, first1, first2, first3, copy0, copy1, copy2, copy3, to0, to1, to2, to3,
-            scale0, scale1, scale2, scale3, out_row, wide_row, step, zero_from, zero_to,
+            rows, slab_columns, apart, c0, c1, c2, c3, m0_row, m1_row, m2_row, m3_row, v0_row,
+            v1_row, v2_row, v3_row, first1, first2, first3, copy0, copy1, copy2, copy3,
+            to0, to1, to2, to3, scale0, scale1, scale2, scale3, out_row, wide_row, step, zero_from, zero_to,
             BLOCKS, SLOTS, R, RP, MODE, TRANSPOSED, COPY, PLACED, SPLIT, EVEN, ZERO, BT, BK, STAGES,
+            ALIGNED,
         )  # fmt: skip
     elif TASKS > 0:
         small_copy(program - programs, table_ptr, TASKS, SOURCE, TARGET, COPIED, AT_ONCE)
 
 
 @triton.jit
-def _left_operand(ptr, base, line, there, stride, R: tl.constexpr, RP: tl.constexpr):
-    """Rows of U as (rows, RP)."""
-    k = tl.arange(0, RP)[None, :]
-    return tl.load(ptr + base + (line[:, None] * stride + k), mask=there & (k < R), other=0.0)
-
-
-@triton.jit
-def _slot(
-    m, t, line, there, total, v_high, v_low, u_ptr, u_row, partial_ptr, before, m_ptr,
-    AT: tl.constexpr, SLOTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    MODE: tl.constexpr, RIGHT: tl.constexpr,
-):  # fmt: skip
-    """What one tile gives to one slot: added to L's total, and the slab's share of P stored."""
-    u = _left_operand(u_ptr, wide(t) * u_row, line, there, u_row, R, RP)
-    high, low = _rounded(u, m_ptr, MODE), _rest(u, m_ptr, MODE)
-    total = _product(tl.trans(m), high, low, total, MODE)
-    if RIGHT:
-        p = tl.zeros([m.shape[0], RP], tl.float32)
-        p = _product(m, v_high, v_low, p, MODE)
-        share(partial_ptr, before + t, p, AT, there, SLOTS)
-    return total
-
-
-@triton.jit
-def _v_of(
-    ptr, column, width, stride, like, R: tl.constexpr, RP: tl.constexpr, TRANSPOSED: tl.constexpr,
-    EVEN: tl.constexpr, MODE: tl.constexpr, WANTED: tl.constexpr,
-):  # fmt: skip
-    """V of a slab, rounded, and its rest; nothing where this slot has none."""
-    if WANTED:
-        t = _right_operand(ptr, column, width, stride, R, RP, TRANSPOSED, EVEN)
-        return _rounded(t, like, MODE), _rest(t, like, MODE)
-    else:
-        return 0, (0, 0)
-
-
-@triton.jit
 def _left(
     program, m0, m1, m2, m3, v0, v1, v2, v3, u0, u1, u2, u3, right_ptr, left_ptr, wide_ptr,
-    rows, part_rows, slabs, columns, c0, c1, c2, c3, m0_row, m1_row, m2_row, m3_row,
-    v0_row, v1_row, v2_row, v3_row, u0_row, u1_row, u2_row, u3_row, first1, first2, first3,
+    rows, part_rows, slabs, columns, v_apart, u_apart, c0, c1, c2, c3, m0_row, m1_row, m2_row,
+    m3_row, v0_row, v1_row, v2_row, v3_row, u0_row, u1_row, u2_row, u3_row, first1, first2, first3,
     before1, before2, before3, copy0, copy1, copy2, copy3, wide_row,
     BLOCKS: tl.constexpr, SLOTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     MODE: tl.constexpr, TRANSPOSED: tl.constexpr, COPY: tl.constexpr,
     EVEN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     RIGHT: tl.constexpr = right_ptr is not None
     part = program // slabs
@@ -247,27 +190,25 @@ def _left(
     block, first = block_of(slab, first1, first2, first3, BLOCKS)
     width = pick(block, c0, c1, c2, c3, BLOCKS)
     stride = pick(block, m0_row, m1_row, m2_row, m3_row, BLOCKS)
-    v = pick(block, v0, v1, v2, v3, BLOCKS) if RIGHT else None
-    v_row = pick(block, v0_row, v1_row, v2_row, v3_row, BLOCKS)
-    u = pick(block, u0, u1, u2, u3, BLOCKS)
-    u_row = pick(block, u0_row, u1_row, u2_row, u3_row, BLOCKS)
+    TERMS: tl.constexpr = BLOCKS * SLOTS
+    term, place, _ = term_of(block, R, RP, SLOTS)
+    within = tl.arange(0, RP)[None, :] < SLOTS * R
+    u = operand_of(term, u0, u1, u2, u3, BLOCKS, SLOTS, ALIGNED)
+    u_row = pick(term, u0_row, u1_row, u2_row, u3_row, TERMS)
     copy = pick(block, copy0, copy1, copy2, copy3, BLOCKS)
     c = (slab - first) * BC
     column = c + tl.arange(0, BC)
     m_base = pick(block, m0, m1, m2, m3, BLOCKS) + c
     line = tl.arange(0, BT)
     at = line[:, None] * stride + tl.arange(0, BC)[None, :]
-    h0, w0 = _v_of(v, column, width, v_row, m0, R, RP, TRANSPOSED, EVEN, MODE, RIGHT)
-    h1, w1 = _v_of(v1, column, width, v1_row, m0, R, RP, TRANSPOSED, EVEN, MODE,
-                   RIGHT and SLOTS > 1)  # fmt: skip
-    h2, w2 = _v_of(v2, column, width, v2_row, m0, R, RP, TRANSPOSED, EVEN, MODE,
-                   RIGHT and SLOTS > 2)  # fmt: skip
-    h3, w3 = _v_of(v3, column, width, v3_row, m0, R, RP, TRANSPOSED, EVEN, MODE,
-                   RIGHT and SLOTS > 3)  # fmt: skip
-    l0 = tl.zeros([BC, RP], tl.float32)
-    l1 = tl.zeros([BC if SLOTS > 1 else 1, RP], tl.float32)
-    l2 = tl.zeros([BC if SLOTS > 2 else 1, RP], tl.float32)
-    l3 = tl.zeros([BC if SLOTS > 3 else 1, RP], tl.float32)
+    u_at = line[:, None] * u_row + place
+    if RIGHT:
+        v = operand_of(term, v0, v1, v2, v3, BLOCKS, SLOTS, ALIGNED)
+        v_row = pick(term, v0_row, v1_row, v2_row, v3_row, TERMS)
+        v_high, v_low = _right_operand(
+            v, column, width, v_row, v_apart, place, within, R, TRANSPOSED, EVEN, MODE
+        )
+    total = tl.zeros([BC, RP], tl.float32)
     before = slab.to(tl.int64) * rows
     start = part * part_rows
     for t in tl.range(start, tl.minimum(start + part_rows, rows), BT, num_stages=STAGES):
@@ -276,33 +217,28 @@ def _left(
         m = tl.load(
             m_base + wide(t) * stride + at, mask=mask, other=0.0, eviction_policy="evict_first"
         )
-        l0 = _slot(m, t, line, there, l0, h0, w0, u, u_row, right_ptr, before, m0,
-                   0, SLOTS, R, RP, MODE, RIGHT)  # fmt: skip
-        if SLOTS > 1:
-            l1 = _slot(m, t, line, there, l1, h1, w1, u1, u1_row, right_ptr, before, m0,
-                       1, SLOTS, R, RP, MODE, RIGHT)  # fmt: skip
-        if SLOTS > 2:
-            l2 = _slot(m, t, line, there, l2, h2, w2, u2, u2_row, right_ptr, before, m0,
-                       2, SLOTS, R, RP, MODE, RIGHT)  # fmt: skip
-        if SLOTS > 3:
-            l3 = _slot(m, t, line, there, l3, h3, w3, u3, u3_row, right_ptr, before, m0,
-                       3, SLOTS, R, RP, MODE, RIGHT)  # fmt: skip
+        high, low = _thin(u + (wide(t) * u_row + u_at), u_apart, there & within, MODE)
+        total = _product(tl.trans(m), high, low, total, MODE)
+        if RIGHT:
+            p = _product(m, v_high, v_low, tl.zeros([BT, RP], tl.float32), MODE)
+            share(right_ptr, before + t, p, there)
         if COPY:
             _copied(m, wide_ptr, t, wide_row, copy, copy + c, mask)
     inside = (column < width)[:, None]
     first = wide(part) * columns + c + pick(block, 0, before1, before2, before3, BLOCKS)
-    share_all(left_ptr, first, l0, l1, l2, l3, inside, SLOTS)
+    share(left_ptr, first, total, inside)
 
 
 @triton.jit
 def left_products(
     m0, m1, m2, m3, v0, v1, v2, v3, u0, u1, u2, u3, right_ptr, left_ptr, wide_ptr, table_ptr,
-    programs, rows, part_rows, slabs, columns, c0, c1, c2, c3, m0_row, m1_row, m2_row, m3_row,
-    v0_row, v1_row, v2_row, v3_row, u0_row, u1_row, u2_row, u3_row, first1, first2, first3,
+    programs, rows, part_rows, slabs, columns, v_apart, u_apart, c0, c1, c2, c3, m0_row, m1_row,
+    m2_row, m3_row, v0_row, v1_row, v2_row, v3_row, u0_row, u1_row, u2_row, u3_row, first1, first2, first3,
     before1, before2, before3, copy0, copy1, copy2, copy3, wide_row,
     BLOCKS: tl.constexpr, SLOTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     MODE: tl.constexpr, TRANSPOSED: tl.constexpr, COPY: tl.constexpr,
     EVEN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr,
     TASKS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr,
     COPIED: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -311,10 +247,10 @@ def left_products(
     if program < programs:
         _left(
             program, m0, m1, m2, m3, v0, v1, v2, v3, u0, u1, u2, u3, right_ptr, left_ptr, wide_ptr,
-            rows, part_rows, slabs, columns, c0, c1, c2, c3, m0_row, m1_row, m2_row, m3_row,
-            v0_row, v1_row, v2_row, v3_row, u0_row, u1_row, u2_row, u3_row, first1, first2, first3,
+            rows, part_rows, slabs, columns, v_apart, u_apart, c0, c1, c2, c3,
+            m0_row, m1_row, m2_row, m3_row, v0_row, v1_row, v2_row, v3_row, u0_row, u1_row, u2_row, u3_row, first1, first2, first3,
             before1, before2, before3, copy0, copy1, copy2, copy3, wide_row,
-            BLOCKS, SLOTS, R, RP, MODE, TRANSPOSED, COPY, EVEN, BT, BC, STAGES,
+            BLOCKS, SLOTS, R, RP, MODE, TRANSPOSED, COPY, EVEN, BT, BC, STAGES, ALIGNED,
         )  # fmt: skip
     elif TASKS > 0:
         small_copy(program - programs, table_ptr, TASKS, SOURCE, TARGET, COPIED, AT_ONCE)

@@ -12,8 +12,10 @@ from fusewright.kernels.launch import on_device_of
 from fusewright.kernels.launcher import Launcher
 from fusewright.kernels.thin_copies import Copy, Work
 from fusewright.kernels.thin_kernels import left_products, right_products
-from fusewright.kernels.thin_parts import sum_shares
+from fusewright.kernels.thin_parts import split_parts, sum_shares
 from fusewright.kernels.thin_plan import (
+    MOST_RANK,
+    SINGLE_RANK,
     Cut,
     Fact,
     Pass,
@@ -28,9 +30,11 @@ from fusewright.kernels.thin_plan import (
 )  # fmt: skip
 
 _right, _left, _sums = Launcher(right_products), Launcher(left_products), Launcher(sum_shares)
+_split = Launcher(split_parts)
 Maybe = torch.Tensor | None
 _SUMMED = 512  # numbers that one program of the sums makes
-_PLAIN, _HALVES, _SINGLE = 0, 1, 2  # the kernels' MODE
+_SPLIT = 1024  # numbers that one program splits in three parts
+_PLAIN, _PARTS, _SINGLE = 0, 1, 2  # the kernels' MODE
 
 
 def rank(term: Term) -> int:
@@ -53,8 +57,8 @@ def supported(where: torch.device) -> bool:
 def _mode(wide: torch.dtype, thin: torch.dtype) -> int:
     if wide == thin and wide is not torch.float32:
         return _PLAIN
-    halves = wide is torch.bfloat16 and thin is torch.float32
-    return _HALVES if halves else _SINGLE
+    parts = wide is torch.bfloat16 and thin is torch.float32
+    return _PARTS if parts else _SINGLE
 
 
 def _fact(term: Term, wide: Wide | None) -> Fact:
@@ -73,7 +77,9 @@ def run(
     """The products of every term; see ``thin.thin``, which has checked the operands."""
     works = thin_copies.prepare(copies)
     most = both_ranks(device.limits(blocks[0].device))
-    made = passes(tuple(_fact(term, wide) for term in terms), most)
+    facts = tuple(_fact(term, wide) for term in terms)
+    single = any(_mode(blocks[0].dtype, fact.dtype) == _SINGLE for fact in facts)
+    made = passes(facts, most, SINGLE_RANK if single else MOST_RANK)
     rights: list[Maybe] = [None] * len(terms)
     lefts: list[Maybe] = [None] * len(terms)
     columns = [] if wide is None else list(wide.columns)
@@ -126,7 +132,8 @@ class _Launch:
         assert thin is not None, "the pass has what its terms want"
         self.dtype = torch.promote_types(self.ms[0].dtype, thin.dtype)
         self.mode = _mode(self.ms[0].dtype, thin.dtype)
-        self.thin_item = thin.element_size()
+        # Three parts of 16 bits are staged for a float32 operand.
+        self.thin_item = 6 if self.mode == _PARTS else thin.element_size()
         self.copied = [columns[i] for i in indices] if wide is not None else []
         self.copies = any(c is not None for c in self.copied)
         self.columns_left = [None if i in indices else c for i, c in enumerate(columns)]
@@ -134,8 +141,12 @@ class _Launch:
         self.zero = 1 << (wide.zero[1] - wide.zero[0] - 1).bit_length() \
             if clear and wide is not None and self.placed else 0  # fmt: skip
         self.split = self.placed and wide is not None and is_split(self.dtype, wide)
-        self.vs = [_lined(t.right, t.right_transposed) for t in terms] if one.right else []
-        self.us = [_lined(t.left, True) for t in terms] if one.left else []
+        split = self.mode == _PARTS
+        vs = [_lined(t.right, t.right_transposed) for t in terms] if one.right else []
+        us = [_lined(t.left, True) for t in terms] if one.left else []
+        self.vs, self.v_apart = _parts_of(vs, self.ms[0].dtype) if split and vs else (vs, 0)
+        self.us, self.u_apart = _parts_of(us, self.ms[0].dtype) if split and us else (us, 0)
+        self.aligned = not any(t.data_ptr() % 16 for t in (*self.vs, *self.us))
         self.lefts = self._left_outputs()
         self.out, self.rights = self._right_outputs()
 
@@ -154,8 +165,9 @@ class _Launch:
         count, r = len(self.terms), self.rank
         if not self.one.right:
             return None, [None] * count
-        if self.placed and self.wide is not None and self.wide.buffer.dtype == self.dtype:
-            views = [self.wide.buffer[:, t.column : t.column + r] for t in self.terms]  # type: ignore[operator]
+        wide = self.wide
+        if self.placed and wide is not None and wide.buffer.dtype == self.dtype and not wide.dense:
+            views = [wide.buffer[:, t.column : t.column + r] for t in self.terms]  # type: ignore[operator]
             return None, list(views)
         m = self.ms[0]
         out = torch.empty((m.shape[0], count * r), dtype=self.dtype, device=m.device)
@@ -163,7 +175,7 @@ class _Launch:
 
     def run(self, work: Work) -> None:
         """Launch the products with the small copies, then the sums if there are shares."""
-        m, ranks = self.ms[0], self.slots * padded(self.rank)
+        m, ranks = self.ms[0], padded(self.slots * self.rank)
         widths = tuple(t.shape[1] for t in self.ms)
         sizes = (m.shape[0], widths, ranks, m.element_size(), self.thin_item, self.mode)
         limits = device.limits(m.device)
@@ -197,7 +209,7 @@ class _Launch:
         return self.wide.buffer, self.wide.buffer.stride(0), self.wide.step, *self.wide.zero
 
     def _shape_constants(self) -> tuple[int, int, int, int]:
-        return len(self.ms), self.slots, self.rank, padded(self.rank)
+        return len(self.ms), self.slots, self.rank, padded(self.slots * self.rank)
 
     def _even(self, columns: int) -> bool:
         return all(m.shape[1] % columns == 0 for m in self.ms)
@@ -215,12 +227,12 @@ class _Launch:
             (cut.programs + work.programs, 1),
             (*_four(self.ms, None), *_four(self.vs, None), shares, self.out if done else None,
              wide if self.copies or (done and self.placed) else None, work.table),
-            (cut.programs, self.ms[0].shape[0], cut.slab, *widths, *strides,
+            (cut.programs, self.ms[0].shape[0], cut.slab, self.v_apart, *widths, *strides,
              *_four([v.stride(0) for v in self.vs], 0), *cut.firsts, *copies, *self._ends(),
              self.rank * len(self.terms), wide_row, step, *zero),
             (*self._shape_constants(), self.mode, self.terms[0].right_transposed, self.copies,
              done and self.placed, self.split, self._even(cut.columns), self.zero if done else 0,
-             cut.rows, cut.columns, cut.stages, *work.constants),
+             cut.rows, cut.columns, cut.stages, self.aligned, *work.constants),
             cut.warps,
         )  # fmt: skip
 
@@ -231,11 +243,12 @@ class _Launch:
             (cut.programs + work.programs, 1),
             (*_four(self.ms, None), *_four(self.vs, None), *_four(self.us, None), right, left,
              wide if self.copies else None, work.table),
-            (cut.programs, self.ms[0].shape[0], cut.part, cut.slabs, sum(widths), *widths, *strides,
+            (cut.programs, self.ms[0].shape[0], cut.part, cut.slabs, sum(widths), self.v_apart,
+             self.u_apart, *widths, *strides,
              *_four([v.stride(0) for v in self.vs], 0), *_four([u.stride(0) for u in self.us], 0),
              *cut.firsts, *self._befores(), *copies, wide_row),
             (*self._shape_constants(), self.mode, self.terms[0].right_transposed, self.copies,
-             self._even(cut.columns), cut.rows, cut.columns, cut.stages, *work.constants),
+             self._even(cut.columns), cut.rows, cut.columns, cut.stages, self.aligned, *work.constants),
             cut.warps,
         )  # fmt: skip
 
@@ -248,10 +261,10 @@ class _Launch:
     def _launch_sums(self, cut: Cut, right: Maybe, left: Maybe) -> None:
         widths, _, _ = self._common()
         wide, wide_row, step, *zero = self._buffer()
-        padded_rank, rows, terms = padded(self.rank), self.ms[0].shape[0], len(self.terms)
-        block = max(1, _SUMMED // padded_rank)
-        right_programs = 0 if right is None else terms * -(-rows // block)
-        left_programs = 0 if left is None else terms * -(-max(widths) // block)
+        rows, terms, count = self.ms[0].shape[0], len(self.terms), len(self.ms)
+        block = max(1, _SUMMED // padded(self.slots * self.rank))
+        right_programs = 0 if right is None else count * -(-rows // block)
+        left_programs = 0 if left is None else count * -(-max(widths) // block)
         ahead = [max(1, min(16, 1 << (n - 1).bit_length())) for n in (cut.slabs, cut.parts)]
         _sums(
             (right_programs + left_programs, 1),
@@ -271,3 +284,27 @@ def _lined(t: Maybe, strided: bool) -> torch.Tensor:
     assert t is not None, "the pass has what its terms want"
     good = t.stride(1) == 1 or t.shape[1] == 1 if strided else t.is_contiguous()
     return t if good else t.contiguous()
+
+
+def _parts_of(ts: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[list[torch.Tensor], int]:
+    """(operands of 16 bits, how far apart their three parts lie) of one to four in float32."""
+    befores, firsts, total, programs = [], [], 0, 0
+    for t in ts:
+        befores.append(total)
+        firsts.append(programs)
+        total += -(-t.numel() // 16) * 16  # so that each begins at a multiple of 16 bytes
+        programs += -(-t.numel() // _SPLIT)
+    target = torch.empty((3, total), dtype=dtype, device=ts[0].device)
+    _split(
+        (programs, 1),
+        (*_four(ts, None), target),
+        (*_four([t.numel() for t in ts], 0), *_four([t.shape[1] for t in ts], 1),
+         *_four([t.stride(0) for t in ts], 0), *_four(firsts, programs)[1:],
+         *_four(befores, total)[1:], total),
+        (len(ts), _SPLIT),
+        4,
+    )  # fmt: skip
+    return [
+        target[0, before : before + t.numel()].view(t.shape)
+        for t, before in zip(ts, befores, strict=True)
+    ], total

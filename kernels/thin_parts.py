@@ -50,20 +50,59 @@ def block_of(slab, first1, first2, first3, N: tl.constexpr):
 
 
 @triton.jit
+def term_of(block, R: tl.constexpr, RP: tl.constexpr, SLOTS: tl.constexpr):
+    """(term, place in its operand, place in the output) of each of RP columns, as (1, RP).
+
+    The operands of several slots stand beside each other: column k belongs to the slot k // R.
+    """
+    k = tl.arange(0, RP)[None, :]
+    if SLOTS > 1:
+        slot = tl.minimum(k // R, SLOTS - 1)
+        return slot, k - slot * R, k
+    else:
+        return block, k, block * R + k
+
+
+@triton.jit
+def _apart(a, b, ALIGNED: tl.constexpr):
+    """How many elements b begins behind a; pointers at multiples of 16 bytes if ALIGNED."""
+    BYTES: tl.constexpr = a.dtype.element_ty.primitive_bitwidth // 8
+    between = (b.to(tl.int64) - a.to(tl.int64)) // BYTES
+    return tl.multiple_of(between, 16 // BYTES) if ALIGNED else between
+
+
+@triton.jit
+def operand_of(term, a, b, c, d, BLOCKS: tl.constexpr, SLOTS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where a term's operand begins: of one matrix, or for each column of several slots.
+
+    Columns get distances from the first operand, since not every compiler selects pointers.
+    """
+    if SLOTS == 1:
+        return pick(term, a, b, c, d, BLOCKS)
+    elif SLOTS == 2:
+        return a + pick(term, wide(0), _apart(a, b, ALIGNED), 0, 0, 2)
+    elif SLOTS == 3:
+        return a + pick(term, wide(0), _apart(a, b, ALIGNED), _apart(a, c, ALIGNED), 0, 3)
+    else:
+        return a + pick(
+            term, wide(0), _apart(a, b, ALIGNED), _apart(a, c, ALIGNED), _apart(a, d, ALIGNED), 4
+        )
+
+
+@triton.jit
 def give(
-    p, scale, slot, row, rows, wide_column, out_ptr, wide_ptr, out_row, wide_row, step,
-    R: tl.constexpr, SPLIT: tl.constexpr,
+    p, scale, inside, row, rows, out_column, wide_column, out_ptr, wide_ptr, out_row, wide_row, step,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Store rows of a finished P: scaled, then rounded once, or as rounded and rest and rounded."""
     p *= scale
     at = row.to(tl.int64)[:, None]
-    k = tl.arange(0, p.shape[1])[None, :]
-    mask = (row < rows)[:, None] & (k < R)
+    mask = (row < rows)[:, None] & inside
     if out_ptr is not None:
-        to = out_ptr + (at * out_row + (slot * R + k))
+        to = out_ptr + (at * out_row + out_column)
         tl.store(to, p.to(out_ptr.dtype.element_ty), mask=mask)
     if wide_ptr is not None:
-        to = wide_ptr + (at * wide_row + (wide_column + k))
+        to = wide_ptr + (at * wide_row + wide_column)
         high = p.to(wide_ptr.dtype.element_ty)
         tl.store(to, high, mask=mask)
         if SPLIT:
@@ -83,24 +122,11 @@ def clear(row, rows, wide_ptr, wide_row, zero_from, zero_to, ZERO: tl.constexpr)
 
 
 @triton.jit
-def share(ptr, first, total, slot, there, SLOTS: tl.constexpr):
-    """Store a share of one slot; ``first`` counts the rows of (row, slot, rank) before it."""
+def share(ptr, first, total, there):
+    """Store a share; ``first`` counts the rows of RP numbers before it."""
     RP: tl.constexpr = total.shape[1]
-    line = tl.arange(0, total.shape[0])[:, None]
-    to = ptr + first * (SLOTS * RP) + (line * (SLOTS * RP) + slot * RP)
+    to = ptr + first * RP + tl.arange(0, total.shape[0])[:, None] * RP
     tl.store(to + tl.arange(0, RP)[None, :], total, mask=there)
-
-
-@triton.jit
-def share_all(ptr, first, t0, t1, t2, t3, there, SLOTS: tl.constexpr):
-    """Store the shares of all slots."""
-    share(ptr, first, t0, 0, there, SLOTS)
-    if SLOTS > 1:
-        share(ptr, first, t1, 1, there, SLOTS)
-    if SLOTS > 2:
-        share(ptr, first, t2, 2, there, SLOTS)
-    if SLOTS > 3:
-        share(ptr, first, t3, 3, there, SLOTS)
 
 
 @triton.jit
@@ -169,44 +195,67 @@ def sum_shares(
 ):  # fmt: skip
     """P and L of every term from their shares: BLOCK rows of one P or BLOCK columns of one L.
 
-    A term is a matrix or a slot, whichever of the two are several. Block i has the slabs from
+    The terms of one matrix lie beside each other in RP columns. Block i has the slabs from
     first_i up to first_(i + 1), which is ``slabs`` for the last.
     """
     TERMS: tl.constexpr = BLOCKS * SLOTS
     program = tl.program_id(0)
     k = tl.arange(0, RP)[None, :]
+    inside = k < SLOTS * R
     if program < right_programs:
         if right_ptr is not None:
-            term = program % TERMS
-            row = (program // TERMS) * BLOCK + tl.arange(0, BLOCK)
+            block = program % BLOCKS
+            term, place, out_column = term_of(block, R, RP, SLOTS)
+            row = (program // BLOCKS) * BLOCK + tl.arange(0, BLOCK)
             there = (row < rows)[:, None]
-            slot = term if SLOTS > 1 else 0
-            block = term if BLOCKS > 1 else 0
             first = pick(block, 0, first1, first2, first3, BLOCKS)
             last = pick(block, first1, first2, first3, slabs, BLOCKS)
-            at = right_ptr + (row.to(tl.int64)[:, None] * (SLOTS * RP) + (slot * RP + k))
-            apart = rows * (SLOTS * RP)
-            p = _sum(at, first, last, apart, there & (k < R), BLOCK, RP, RIGHT_AHEAD)
-            give(p, pick(term, scale0, scale1, scale2, scale3, TERMS), term, row, rows,
-                 pick(term, to0, to1, to2, to3, TERMS), out_ptr, wide_ptr, out_row, wide_row, step,
-                 R, SPLIT)  # fmt: skip
-            if term == 0:
+            at = right_ptr + (row.to(tl.int64)[:, None] * RP + k)
+            p = _sum(at, first, last, rows * RP, there & inside, BLOCK, RP, RIGHT_AHEAD)
+            scale = pick(term, scale0, scale1, scale2, scale3, TERMS)
+            wide_column = pick(term, to0, to1, to2, to3, TERMS) + place
+            give(p, scale, inside, row, rows, out_column, wide_column, out_ptr, wide_ptr, out_row,
+                 wide_row, step, SPLIT)  # fmt: skip
+            if block == 0:
                 clear(row, rows, wide_ptr, wide_row, zero_from, zero_to, ZERO)
     else:
         if left_ptr is not None:
-            term = (program - right_programs) % TERMS
-            slot = term if SLOTS > 1 else 0
-            block = term if BLOCKS > 1 else 0
+            block = (program - right_programs) % BLOCKS
+            term, place, _ = term_of(block, R, RP, SLOTS)
             width = pick(block, c0, c1, c2, c3, BLOCKS)
             before = pick(block, 0, before1, before2, before3, BLOCKS)
-            column = ((program - right_programs) // TERMS) * BLOCK + tl.arange(0, BLOCK)
-            mask = (column < width)[:, None] & (k < R)
-            at = left_ptr + ((before + column)[:, None] * (SLOTS * RP) + (slot * RP + k))
-            total = _sum(at, 0, parts, columns * (SLOTS * RP), mask, BLOCK, RP, LEFT_AHEAD)
+            column = ((program - right_programs) // BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+            mask = (column < width)[:, None] & inside
+            at = left_ptr + ((before + column)[:, None] * RP + k)
+            total = _sum(at, 0, parts, columns * RP, mask, BLOCK, RP, LEFT_AHEAD)
             total *= pick(term, left0, left1, left2, left3, TERMS)
-            to = pick(term, l0, l1, l2, l3, TERMS)
+            to = operand_of(term, l0, l1, l2, l3, BLOCKS, SLOTS, True)
             if TRANSPOSED:
-                to += k * width + column[:, None]
+                to += place * width + column[:, None]
             else:
-                to += column[:, None] * R + k
+                to += column[:, None] * R + place
             tl.store(to, total.to(l0.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def split_parts(
+    s0, s1, s2, s3, target_ptr, n0, n1, n2, n3, c0, c1, c2, c3, row0, row1, row2, row3,
+    first1, first2, first3, before1, before2, before3, apart, COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Float32 operands (n elements in rows of c) as three 16-bit parts whose sum they are."""
+    i, first = block_of(tl.program_id(0), first1, first2, first3, COUNT)
+    e = (tl.program_id(0) - first) * BLOCK + tl.arange(0, BLOCK)
+    mask = e < pick(i, n0, n1, n2, n3, COUNT)
+    c = pick(i, c0, c1, c2, c3, COUNT)
+    line = e // c
+    at = line.to(tl.int64) * pick(i, row0, row1, row2, row3, COUNT) + (e - line * c)
+    x = tl.load(pick(i, s0, s1, s2, s3, COUNT) + at, mask=mask, other=0.0)
+    high = x.to(target_ptr.dtype.element_ty)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(target_ptr.dtype.element_ty)
+    lowest = (rest - middle.to(tl.float32)).to(target_ptr.dtype.element_ty)
+    to = target_ptr + pick(i, 0, before1, before2, before3, COUNT) + e
+    tl.store(to, high, mask=mask)
+    tl.store(to + apart, middle, mask=mask)
+    tl.store(to + 2 * apart, lowest, mask=mask)

@@ -16,6 +16,7 @@ from fusewright.kernels.device import Limits
 
 MOST_RANK = 256
 MOST_TERMS = 4  # of one launch
+SINGLE_RANK = 64  # of several terms in float32 arithmetic, whose sums do without tensor cores
 _ROOMY = 200000  # bytes of shared memory, from which on the tensor cores read their operands there
 _LAUNCH_BYTES = 8 * 2**20  # what the memory could move in the time of one more launch
 
@@ -49,12 +50,14 @@ class Wide(NamedTuple):
         step: from each group of a float32 P to the next, if P is written as [hi | lo | hi]; with 0
             it is rounded.
         zero: the range of columns to be zeroed; nothing else is written there.
+        dense: results are dense tensors, also where they were written to the buffer.
     """
 
     buffer: torch.Tensor
     columns: Sequence[int | None]
     step: int = 0
     zero: tuple[int, int] = (0, 0)
+    dense: bool = False
 
 
 class Result(NamedTuple):
@@ -113,31 +116,34 @@ def both_ranks(limits: Limits) -> int:
 
 
 @functools.lru_cache(maxsize=512)
-def passes(facts: tuple[Fact, ...], both_most: int) -> tuple[Pass, ...]:
-    """The launches that make all products; up to ``both_most`` ranks P and L share one."""
+def passes(facts: tuple[Fact, ...], both_most: int, most: int = MOST_RANK) -> tuple[Pass, ...]:
+    """The launches that make all products: of at most ``most`` ranks of one matrix, where a term
+    alone has no more; up to ``both_most`` ranks P and L share one."""
     alike: dict[Fact, list[int]] = {}
     for at, fact in enumerate(facts):
         alike.setdefault(fact._replace(block=0), []).append(at)
     found = []
     for fact, terms in alike.items():
-        for group in _groups(facts, terms, fact.rank):
+        for group in _groups(facts, terms, fact.rank, most):
             slots = len(group) if len({facts[i].block for i in group}) == 1 else 1
             both = fact.right and fact.left
-            if both and slots * padded(fact.rank) > both_most:
+            if both and padded(slots * fact.rank) > both_most:
                 found += [Pass(group, True, False), Pass(group, False, True)]
             else:
                 found.append(Pass(group, fact.right, fact.left))
     return tuple(found)
 
 
-def _groups(facts: Sequence[Fact], terms: list[int], rank: int) -> list[tuple[int, ...]]:
+def _groups(
+    facts: Sequence[Fact], terms: list[int], rank: int, limit: int
+) -> list[tuple[int, ...]]:
     """Terms of one launch each: several on one matrix, or one on each of several matrices."""
     of: dict[int, list[int]] = {}
     for at in terms:
         of.setdefault(facts[at].block, []).append(at)
     single = [group[0] for group in of.values() if len(group) == 1]
     groups = [tuple(single[i : i + MOST_TERMS]) for i in range(0, len(single), MOST_TERMS)]
-    most = max(1, min(MOST_TERMS, MOST_RANK // padded(rank)))
+    most = max(n for n in range(1, MOST_TERMS + 1) if n == 1 or padded(n * rank) <= limit)
     for group in of.values():
         if len(group) > 1:
             groups += [tuple(group[i : i + most]) for i in range(0, len(group), most)]
@@ -161,11 +167,12 @@ def right_tile(
     if mode == 2:
         tile = Tile(32, 32 if ranks < 64 else 16, 3, 4, 2)
     elif mode and limits.shared < _ROOMY:
-        tile = Tile(64, 32, 4, 4, 2)
+        tile = Tile(32, 64, 4, 4, 2)
     elif ranks << 2 * mode <= 64:  # three parts and a sum of their own take registers
         tile = Tile(64, 128, 4, 4, 2)
     else:
-        tile = Tile(64, 64, 4, 4, 1) if mode else Tile(128, 64, 4, 8, 1)
+        columns = 64 if ranks <= 64 else 32
+        tile = Tile(64, columns, 4, 8, 1) if mode else Tile(128, 64, 4, 8, 1)
     while True:
         step = tile.columns * (tile.rows * item + ranks * thin_item)
         if fits := _fitting(tile, step, 0, limits):
@@ -184,15 +191,17 @@ def left_tile(
         # The wider a slab, the fewer shares of P.
         columns = (512 if roomy else 256) >> (2 * mode + copy)
         tile = Tile(64 if roomy else 32, columns, 3, 8, 1 if columns == 512 else 2)
+        if columns == 512 and ranks == 16:  # two small programs overlap better, as measured
+            tile = Tile(64, 256, 3, 4, 2)
     elif ranks << mode <= 64 and not mode:
         tile = Tile(64, 128, 4, 4, 2)
     elif mode:
-        tile = Tile(64 if roomy else 32, 64, 4, 4, 2)
+        tile = Tile(32, 64, 4, 8, 2)
     else:
         tile = Tile(64, 128, 4, 8, 2) if roomy else Tile(32, 64, 4, 8, 2)
     while True:
         step = tile.rows * (tile.columns * item + ranks * thin_item)
-        kept = tile.columns * ranks * item * (2 if mode == 1 else 1) if right else 0
+        kept = tile.columns * ranks * thin_item if right else 0
         if fits := _fitting(tile, step, kept, limits):
             return fits
         tile = tile._replace(columns=tile.columns // 2)
