@@ -209,7 +209,7 @@ def evaluate(x, TEXT: tl.constexpr, PART: tl.constexpr, PRECISE: tl.constexpr):
         b = values[_operand(TEXT, PART, at, 1)]
         c = values[_operand(TEXT, PART, at, 2)]
         y = _apply(a, b, c, _operation(TEXT, PART, at), _constant(TEXT, PART, at), PRECISE)
-        values = values + (y,)  # type: ignore[assignment]
+        values = values + (y,)
     return values[_result(TEXT, PART, 0)], values[_result(TEXT, PART, 1)]
 
 

@@ -246,14 +246,14 @@ def launch_packed_backward(
     interleaved: bool,
     clamp: tuple[float, float] | None = None,
 ) -> None:
-    """Write both gradients into one dense buffer laid out like ``gate_up``."""
-    (dy, dy_row), (gate_up, step) = rows_of(dy), rows_of(gate_up)
+    """Write both gradients into one buffer laid out like ``gate_up`` (any even row stride)."""
+    (dy, dy_row), (gate_up, step), out_row = rows_of(dy), rows_of(gate_up), row_stride(dgate_up)
     width = dy.shape[-1]
-    dense = interleaved and step == 2 * width and dy_row == width
+    dense = interleaved and step == out_row == 2 * width and dy_row == width
     rows, columns = _shape(width, dy.numel(), dense)
     at = _offsets(width, gate_first, interleaved)
     _backward(
-        dy, gate_up, gate_up, dgate_up, dgate_up, *at, dy_row, step, step, 2 * width, rows,
+        dy, gate_up, gate_up, dgate_up, dgate_up, *at, dy_row, step, step, out_row, rows,
         columns, activation, clamp, gate_first if interleaved else None,
     )  # fmt: skip
 

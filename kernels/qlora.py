@@ -82,7 +82,9 @@ class Given(NamedTuple):
         weights = Weights(args[2], *args[13:])
         _check_lists(weights)
         group = Group(*args[:9])._replace(weights=weights.shapes_only(args[0]))
-        return cls(group, *args[9:13], weights)
+        rest: Any = args[9:13]
+        given: Any = (group, *rest, weights)
+        return cls(*given)
 
 
 def _check_lists(weights: Weights) -> None:
@@ -133,7 +135,8 @@ def _bwd(into: Into, dys: Sequence[torch.Tensor], thin: torch.Tensor, *args: Any
     wanted = args[18:]
     given = Given.of(*args[:9], (), dys[0].dtype, False, *args[9:18])
     group = given.group
-    needs = Needs(*wanted[:2], False, *wanted[2:])
+    flags: Any = (*wanted[:2], False, *wanted[2:])
+    needs = Needs(*flags)
     augmented = room.serves(group.x.device) and takes(group, given.out_dtype)
 
     def run(dense: Group) -> Results:
@@ -192,7 +195,7 @@ def _weight(into: Into, *args: Any) -> torch.Tensor:
         )
     weights = Weights([packed], [absmax], [offset], [nested_absmax], [nested_code], [rows],
                       [kind], [blocksize], [nested_blocksize])  # fmt: skip
-    out = packed.new_empty((rows, columns), dtype=dtype)
+    out: torch.Tensor = packed.new_empty((rows, columns), dtype=dtype)
     _write(out, weights.layer(0), into)
     return out
 

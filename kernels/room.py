@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils import dlpack
 
 _UNIT = 16  # columns and rows of room come in multiples, so that every row starts aligned
 
@@ -128,7 +128,7 @@ def allocate(weights: Sequence[torch.Tensor], room: Room) -> list[torch.Tensor]:
         view = buffer[start : start + w.shape[0], :width]
         view.copy_(w)
         start += w.shape[0]
-        views.append(from_dlpack(to_dlpack(view)))
+        views.append(dlpack.from_dlpack(view))
         _KNOWN[view.data_ptr()] = entry
     return views
 
@@ -209,7 +209,7 @@ def empty_roomy(
 
 
 def part(
-    of: torch.Tensor, offset: int, shape: Sequence[int], strides: Sequence[int]
+    of: torch.Tensor, offset: Any, shape: Sequence[int], strides: Sequence[int]
 ) -> torch.Tensor:
     """A tensor on the storage of ``of`` that autograd does not take for a view of it."""
     with torch.no_grad():

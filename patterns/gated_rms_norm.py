@@ -22,7 +22,7 @@ from fusewright.compiler import ir
 from fusewright.compiler.match import Refused
 from fusewright.compiler.prove import Candidate, Rounder
 from fusewright.compiler.rewrite import call, item
-from fusewright.patterns.glu import ACTIVATIONS
+from fusewright.kernels.activations import lookup
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten.reshape.default)
@@ -171,17 +171,15 @@ def _candidate(site: _Site) -> Candidate:
     if ir.shape(x) != ir.shape(z) or not isinstance(group, int):
         raise Refused("the rows and the gate differ in shape")
     activation = str(site.gate.args[2])
-    if activation not in ACTIVATIONS:
-        raise Refused(f"the kernel has no activation {activation}")
     cast, eps, offset = _cast(site, x), site.norm.args[2], 0.0 if site.late else site.norm.args[3]
-    act, out_dtype = ACTIVATIONS[activation], ir.dtype(site.out)
+    found, out_dtype = lookup(activation), ir.dtype(site.out)
 
     def formula(t: dict[str, Any], rounder: Rounder) -> list[torch.Tensor]:
-        u = t["x"] if site.after else t["x"] * act(t["gate"])
+        u = t["x"] if site.after else t["x"] * found.value(torch, t["gate"])
         groups = u.unflatten(-1, (-1, group))
         y = (groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)).flatten(-2)
         y = y if t["weight"] is None else y * (offset + t["weight"])
-        return [y * act(t["gate"]) if site.after else y]
+        return [y * found.value(torch, t["gate"]) if site.after else y]
 
     def emit(graph: fx.Graph, read: Mapping[str, Any]) -> list[fx.Node]:
         order = "after" if site.after else "before"

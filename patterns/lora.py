@@ -153,10 +153,11 @@ def _adapter(second: fx.Node) -> _Adapter:
             break
         nodes.add(user)
         out = user
-    weights: Any = (first.args[1], second.args[1])
     narrow = ir.is_cast(out) and ir.dtype(out).itemsize < ir.dtype(out.args[0]).itemsize  # type: ignore[arg-type]
     rounded = ir.dtype(out) if narrow else None
-    return _Adapter(x, dropped, *weights, scale, rounded, out, frozenset(nodes))
+    down: Any = first.args[1]
+    up: Any = second.args[1]
+    return _Adapter(x, dropped, down, up, scale, rounded, out, frozenset(nodes))
 
 
 def _collect(
@@ -211,10 +212,11 @@ def _collect_opaque(
     adapter: _Adapter,
 ) -> tuple[fx.Node, list[_Adapter], fx.Node, frozenset[fx.Node], str]:
     """As ``_collect``, for a base that is known as a tensor alone, and why it is."""
-    nodes, adapters, base, total = set(adapter.nodes), [adapter], None, adapter.out
+    nodes, adapters, total = set(adapter.nodes), [adapter], adapter.out
+    base: Any = None
     while len(total.users) == 1:
         (user,) = total.users
-        other = ir.other_operand(user, total) if ir.is_call(user, aten.add.Tensor) else None
+        other: Any = ir.other_operand(user, total) if ir.is_call(user, aten.add.Tensor) else None
         if not ir.is_tensor(other) or len(user.args) > 2 or user.kwargs:
             break
         second = _second_of(other)
