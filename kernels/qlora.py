@@ -10,7 +10,7 @@ Nothing dequantised is saved. Each direction writes the weights into a scratch b
 the adapters (``room.scratch``) and runs the augmented GEMM of ``lora_gemm`` on it; the buffer comes
 from the caching allocator and goes back at once, so that all layers share it. The forward needs room
 behind the rows only and the backward below them. Without a gradient of x nothing is dequantised in
-the backward. W_j has no gradient.
+the backward. Layers without any adapter are one plain product in each direction. W_j has no gradient.
 
 Where it rounds: W_j once to x's dtype, bit for bit as bitsandbytes does it; the rest as in ``lora``.
 Traffic beside the GEMMs: half a byte read and one element written per weight, in each direction.
@@ -24,11 +24,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from fusewright.kernels import lora, lora_gemm, nf4, room
 from fusewright.kernels.codes import code
 from fusewright.kernels.launch import HAS_TRITON
 from fusewright.kernels.lora_group import Group, Needs, Results, plan, takes
+from fusewright.kernels.reduce import absent
 from fusewright.kernels.spec import OpSpec
 
 Into = Callable[[torch.Tensor, nf4.Quantised], None]
@@ -103,6 +105,25 @@ def _dequantised(group: Group, weights: Weights, space: room.Room, into: Into) -
         yield group._replace(weights=views)
 
 
+def _whole(dense: Group) -> torch.Tensor:
+    """The weights below each other, (sum N_j, K), as they lie in their scratch buffer."""
+    found = room.find(dense.weights, 0, 0)
+    assert found is not None  # it was made for them
+    return found.buffer[: found.height, : found.width]
+
+
+def _bare(dense: Group) -> torch.Tensor:
+    """y (..., sum N_j) of layers without adapters, by one product."""
+    whole = _whole(dense)
+    if all(b is None for b in dense.biases):
+        return F.linear(dense.x, whole)
+    pieces = [
+        w.new_zeros(w.shape[0]) if b is None else b
+        for w, b in zip(dense.weights, dense.biases, strict=True)
+    ]
+    return F.linear(dense.x, whole, torch.cat(pieces))
+
+
 def _write(out: torch.Tensor, q: nf4.Quantised, into: Into) -> None:
     """Dequantise into ``out``; in float64 the product of value and scale is exact."""
     if out.dtype is torch.float64:
@@ -122,6 +143,8 @@ def _fwd(into: Into, *args: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
     augmented = room.serves(group.x.device) and takes(group, given.out_dtype)
     space = room.needed(how.columns if augmented else 0, 0)
     with _dequantised(group, given.weights, space, into) as dense:
+        if not group.down and takes(group, given.out_dtype):
+            return room.columns_of(_bare(dense), given.widths), absent(group.x)
         if not augmented:
             rest = (given.widths, given.out_dtype, False, False)
             return lora.reference_fwd(*dense, *rest)
@@ -137,6 +160,11 @@ def _bwd(into: Into, dys: Sequence[torch.Tensor], thin: torch.Tensor, *args: Any
     augmented = room.serves(group.x.device) and takes(group, given.out_dtype)
 
     def run(dense: Group) -> Results:
+        if needs.x and not group.down and takes(group, given.out_dtype):
+            whole = dys[0] if len(dys) == 1 else torch.cat(list(dys), -1)
+            dx = torch.matmul(whole, _whole(dense))
+            rest = lora.reference_bwd(dys, thin, *group, False, *needs._replace(x=False))
+            return Results(dx, *rest[1:])
         if augmented:
             return lora_gemm.backward(dys, thin, dense, given.grad_roomy, needs)
         return lora.reference_bwd(dys, thin, *dense, False, *needs)

@@ -67,8 +67,11 @@ class LoRA:
         added = ""
         try:
             base, adapters, out, nodes = _collect(adapter)
-        except Refused:
-            base, adapters, out, nodes, added = _collect_opaque(adapter)
+        except Refused as refusal:
+            found = _collect_opaque(adapter)
+            if found is None:
+                raise refusal
+            base, adapters, out, nodes, added = found
         results = [u for u in out.users if ir.is_cast(u)] if len(out.users) == 1 else []
         for result in (*results, out):
             yield _candidate(base, adapters, result, nodes | {result}, added)
@@ -209,9 +212,10 @@ def _kernel(weight: Any, added: str) -> str:
 
 def _collect_opaque(
     adapter: _Adapter,
-) -> tuple[fx.Node, list[_Adapter], fx.Node, frozenset[fx.Node], str]:
-    """As ``_collect``, for a base that is known as a tensor alone, and why it is."""
-    nodes, adapters, base, total = set(adapter.nodes), [adapter], None, adapter.out
+) -> tuple[fx.Node, list[_Adapter], fx.Node, frozenset[fx.Node], str] | None:
+    """As ``_collect``, for a base that is known as a tensor alone, and why it is; None if none is."""
+    nodes, adapters, total = set(adapter.nodes), [adapter], adapter.out
+    base: Any = None
     while len(total.users) == 1:
         (user,) = total.users
         other = ir.other_operand(user, total) if ir.is_call(user, aten.add.Tensor) else None
@@ -231,10 +235,9 @@ def _collect_opaque(
         nodes.add(base)
         base = base.args[0]
     why = _opaque(base, adapter.x)
-    if base is None or not why or ir.shape(base) != ir.shape(total):
-        raise Refused("no linear layer's output is added to the adapter's")
-    if any(a.x is not adapter.x for a in adapters):
-        raise Refused("the adapters read different inputs")
+    fits = base is not None and why and ir.shape(base) == ir.shape(total)
+    if base is None or not fits or any(a.x is not adapter.x for a in adapters):
+        return None
     return base, adapters, total, frozenset(nodes), why
 
 

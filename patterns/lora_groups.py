@@ -76,8 +76,6 @@ def merge(graph: fx.Graph) -> None:
         if _mergeable(node):
             by_input.setdefault((_args(node)[_X], node.target), []).append(node)
     for (x, op), members in by_input.items():
-        if not any(_args(m)[_DOWN] for m in members):
-            continue
         dense = op is _dense_op()
         plain = [u for u in x.users if dense and _frozen_linear(u, x, members[0])]
         together = [n for n in graph.nodes if n in members or n in plain]
@@ -207,9 +205,10 @@ def settle(graph: fx.Graph) -> list[Storage]:
     wanted = []
     for node in _groups(graph):
         args = _args(node)
-        if not _untrained(node) or not args[_DOWN] or _kind(node) is None:
+        bare = not args[_DOWN]
+        if not _untrained(node) or _kind(node) is None or (bare and node.target is _dense_op()):
             continue
-        if room.serves(ir.value(args[_X]).device):
+        if not bare and room.serves(ir.value(args[_X]).device):
             how = plan(_group(node))
             space = room.needed(how.columns, how.thin)
             _make_room(graph, node, space)
