@@ -67,10 +67,10 @@ class LoRA:
         added = ""
         try:
             base, adapters, out, nodes = _collect(adapter)
-        except Refused as refusal:
+        except Refused:
             found = _collect_opaque(adapter)
             if found is None:
-                raise refusal
+                raise
             base, adapters, out, nodes, added = found
         results = [u for u in out.users if ir.is_cast(u)] if len(out.users) == 1 else []
         for result in (*results, out):
@@ -204,6 +204,21 @@ def _collect(
     return base, adapters, total, frozenset(nodes)
 
 
+def _params(adapters: list[_Adapter], weight: Any, added: str) -> dict[str, Any]:
+    """What the report says of a layer."""
+    ranks = [ir.shape(a.down)[0] for a in adapters]
+    params: dict[str, Any] = {
+        "r": ranks[0] if len(ranks) == 1 else ranks,
+        "scale": [a.scale for a in adapters],
+        "dropout": any(a.dropped is not None for a in adapters),
+    }
+    if added:
+        params["form"] = f"added: {added}"
+    elif quantised.is_weight(weight):
+        params["form"] = f"{weight.args[7]}, blocks of {weight.args[8]}"
+    return params
+
+
 def _kernel(weight: Any, added: str) -> str:
     if added:
         return "lora_added"
@@ -331,12 +346,6 @@ def _candidate(
         made = call(graph, *lora_groups.over_4bit([*group, *layout]), out)
         return [item(graph, item(graph, made, 0), 0)]
 
-    ranks = [ir.shape(a.down)[0] for a in adapters]
-    params = {"r": ranks[0] if len(ranks) == 1 else ranks, "scale": scales, "dropout": bool(own)}
-    if added:
-        params["form"] = f"added: {added}"
-    elif quantised.is_weight(weight):
-        params["form"] = f"{weight.args[7]}, blocks of {weight.args[8]}"
     return Candidate(
         nodes=nodes,
         inputs=inputs,
@@ -344,7 +353,7 @@ def _candidate(
         outputs=(out,),
         formula=formula,
         emit=emit,
-        params=params,
+        params=_params(adapters, weight, added),
         cast="output",
         scaled=("x", *(f"d{i}" for i in range(len(own)))),
         kernel=_kernel(weight, added),

@@ -14,10 +14,10 @@ import training
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("peft")
 
-from quantised import Form, build  # noqa: E402
+from quantised import Form, build
 
-import fusewright  # noqa: E402
-from fusewright.kernels import room  # noqa: E402
+import fusewright
+from fusewright.kernels import room
 
 BF16, FP32 = torch.bfloat16, torch.float32
 FORMS = {
