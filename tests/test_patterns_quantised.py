@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import capture
+from graphs import capture, check, perturbed, rows
 from torch import fx
 
 from fusewright.compiler.match import Refused
@@ -126,9 +126,25 @@ def test_the_form_on_a_gpu_is_read(function: Any, double: bool) -> None:
     assert (weight.blocksize, weight.nested_blocksize) == (64, 256 if double else 0)
     assert layer.bias is None and (weight.offset is not None) == double
     assert not quantised.expand(module.graph)
-    module.recompile()
-    (y,) = module(*given) if isinstance(module(*given), tuple) else [module(*given)]
-    torch.testing.assert_close(y, function.apply(*given) * 1.0)
+
+
+@pytest.mark.parametrize("function", [Dense, Turned])
+@pytest.mark.parametrize("double", [False, True])
+def test_the_form_on_a_gpu_takes_adapters(function: Any, double: bool) -> None:
+    down, up = perturbed(3, COLUMNS, around=0.0), perturbed(ROWS, 3, around=0.0)
+
+    if double:
+
+        def adapted(x, packed, absmax, outer, code, offset, a, b):
+            base = function.apply(x, packed, absmax, outer, code, offset)
+            return base + F.linear(F.linear(x, a), b) * 2.0
+    else:
+
+        def adapted(x, packed, absmax, a, b):
+            return function.apply(x, packed, absmax) + F.linear(F.linear(x, a), b) * 2.0
+
+    _, *tensors = inputs(double)
+    check(adapted, [rows(2, 5, COLUMNS), *tensors, down, up], {"lora_group_4bit": 1})
 
 
 @pytest.mark.parametrize(
