@@ -246,7 +246,7 @@ def _separate(graph: fx.Graph, node: fx.Node) -> None:
     _, split = _pieces(node)
     if split is None:
         return
-    args[_WIDTHS] = list(split.args[1])  # type: ignore[call-overload]
+    args[_WIDTHS] = list(split.args[1])
     with graph.inserting_before(node):
         ys = item(graph, call(graph, node.target, args, node), 0)
         made = [item(graph, ys, i) for i in range(len(args[_WIDTHS]))]
