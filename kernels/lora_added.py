@@ -158,7 +158,7 @@ def _fake_bwd(dy: torch.Tensor, thin: torch.Tensor, *args: Any) -> Results:
 
     return Results(
         dy.new_empty(dy.shape, dtype=base_dtype) if need_base else absent(dy),
-        *like([group.x], need_x),
+        like([group.x], need_x)[0],
         like(group.inputs, need_inputs),
         like(group.down, need_down),
         like(group.up, need_up),

@@ -84,7 +84,8 @@ class Given(NamedTuple):
         weights = Weights(args[2], *args[13:])
         _check_lists(weights)
         group = Group(*args[:9])._replace(weights=weights.shapes_only(args[0]))
-        return cls(group, *args[9:13], weights)
+        widths, out_dtype, roomy, grad_roomy = args[9:13]
+        return cls(group, widths, out_dtype, roomy, grad_roomy, weights)
 
 
 def _check_lists(weights: Weights) -> None:
@@ -156,7 +157,8 @@ def _bwd(into: Into, dys: Sequence[torch.Tensor], thin: torch.Tensor, *args: Any
     wanted = args[18:]
     given = Given.of(*args[:9], (), dys[0].dtype, False, *args[9:18])
     group = given.group
-    needs = Needs(*wanted[:2], False, *wanted[2:])
+    need_x, need_inputs, need_biases, need_down, need_up = wanted
+    needs = Needs(need_x, need_inputs, False, need_biases, need_down, need_up)
     augmented = room.serves(group.x.device) and takes(group, given.out_dtype)
 
     def run(dense: Group) -> Results:
@@ -236,7 +238,8 @@ def weight_triton(*args: Any) -> torch.Tensor:
 
 
 def _fake_weight(packed: torch.Tensor, *args: Any) -> torch.Tensor:
-    return packed.new_empty((args[4], args[5]), dtype=args[-1])
+    out: torch.Tensor = packed.new_empty((args[4], args[5]), dtype=args[-1])
+    return out
 
 
 _GROUP = (

@@ -159,7 +159,8 @@ def _adapter(second: fx.Node) -> _Adapter:
     weights: Any = (first.args[1], second.args[1])
     narrow = ir.is_cast(out) and ir.dtype(out).itemsize < ir.dtype(out.args[0]).itemsize  # type: ignore[arg-type]
     rounded = ir.dtype(out) if narrow else None
-    return _Adapter(x, dropped, *weights, scale, rounded, out, frozenset(nodes))
+    down, up = weights
+    return _Adapter(x, dropped, down, up, scale, rounded, out, frozenset(nodes))
 
 
 def _collect(

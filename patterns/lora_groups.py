@@ -246,7 +246,8 @@ def _separate(graph: fx.Graph, node: fx.Node) -> None:
     _, split = _pieces(node)
     if split is None:
         return
-    args[_WIDTHS] = list(split.args[1])
+    heights: Any = split.args[1]
+    args[_WIDTHS] = list(heights)
     with graph.inserting_before(node):
         ys = item(graph, call(graph, node.target, args, node), 0)
         made = [item(graph, ys, i) for i in range(len(args[_WIDTHS]))]
