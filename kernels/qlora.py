@@ -222,7 +222,7 @@ def _weight(into: Into, *args: Any) -> torch.Tensor:
         )
     weights = Weights([packed], [absmax], [offset], [nested_absmax], [nested_code], [rows],
                       [kind], [blocksize], [nested_blocksize])  # fmt: skip
-    out = packed.new_empty((rows, columns), dtype=dtype)
+    out: torch.Tensor = packed.new_empty((rows, columns), dtype=dtype)
     _write(out, weights.layer(0), into)
     return out
 

@@ -234,7 +234,8 @@ def _collect_opaque(
     base: Any = None
     while len(total.users) == 1:
         (user,) = total.users
-        other = ir.other_operand(user, total) if ir.is_call(user, aten.add.Tensor) else None
+        summed = ir.is_call(user, aten.add.Tensor)
+        other: Any = ir.other_operand(user, total) if summed else None
         if not ir.is_tensor(other) or len(user.args) > 2 or user.kwargs:
             break
         second = _second_of(other)
