@@ -59,6 +59,7 @@ class Options:
     verify: str = "first_step"
     logits: str = "lazy"
     strict: bool = False
+    cuda_graphs: bool = False
     memory_budget: str | int | float | None = None
     environment: Environment = field(default_factory=Environment)
 

@@ -10,7 +10,7 @@ Nothing dequantised is saved. Each direction writes the weights into a scratch b
 the adapters (``room.scratch``) and runs the augmented GEMM of ``lora_gemm`` on it; the buffer comes
 from the caching allocator and goes back at once, so that all layers share it. The forward needs room
 behind the rows only and the backward below them. Without a gradient of x nothing is dequantised in
-the backward. W_j has no gradient.
+the backward. Layers without any adapter are one plain product in each direction. W_j has no gradient.
 
 Where it rounds: W_j once to x's dtype, bit for bit as bitsandbytes does it; the rest as in ``lora``.
 Traffic beside the GEMMs: half a byte read and one element written per weight, in each direction.
@@ -24,11 +24,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from fusewright.kernels import lora, lora_gemm, nf4, room
 from fusewright.kernels.codes import code
 from fusewright.kernels.launch import HAS_TRITON
 from fusewright.kernels.lora_group import Group, Needs, Results, plan, takes
+from fusewright.kernels.reduce import absent
 from fusewright.kernels.spec import OpSpec
 
 Into = Callable[[torch.Tensor, nf4.Quantised], None]
@@ -82,9 +84,8 @@ class Given(NamedTuple):
         weights = Weights(args[2], *args[13:])
         _check_lists(weights)
         group = Group(*args[:9])._replace(weights=weights.shapes_only(args[0]))
-        rest: Any = args[9:13]
-        given: Any = (group, *rest, weights)
-        return cls(*given)
+        widths, out_dtype, roomy, grad_roomy = args[9:13]
+        return cls(group, widths, out_dtype, roomy, grad_roomy, weights)
 
 
 def _check_lists(weights: Weights) -> None:
@@ -103,6 +104,25 @@ def _dequantised(group: Group, weights: Weights, space: room.Room, into: Into) -
         for j, view in enumerate(views):
             _write(view, weights.layer(j), into)
         yield group._replace(weights=views)
+
+
+def _whole(dense: Group) -> torch.Tensor:
+    """The weights below each other, (sum N_j, K), as they lie in their scratch buffer."""
+    found = room.find(dense.weights, 0, 0)
+    assert found is not None  # it was made for them
+    return found.buffer[: found.height, : found.width]
+
+
+def _bare(dense: Group) -> torch.Tensor:
+    """y (..., sum N_j) of layers without adapters, by one product."""
+    whole = _whole(dense)
+    if all(b is None for b in dense.biases):
+        return F.linear(dense.x, whole)
+    pieces = [
+        w.new_zeros(w.shape[0]) if b is None else b
+        for w, b in zip(dense.weights, dense.biases, strict=True)
+    ]
+    return F.linear(dense.x, whole, torch.cat(pieces))
 
 
 def _write(out: torch.Tensor, q: nf4.Quantised, into: Into) -> None:
@@ -124,6 +144,8 @@ def _fwd(into: Into, *args: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
     augmented = room.serves(group.x.device) and takes(group, given.out_dtype)
     space = room.needed(how.columns if augmented else 0, 0)
     with _dequantised(group, given.weights, space, into) as dense:
+        if not group.down and takes(group, given.out_dtype):
+            return room.columns_of(_bare(dense), given.widths), absent(group.x)
         if not augmented:
             rest = (given.widths, given.out_dtype, False, False)
             return lora.reference_fwd(*dense, *rest)
@@ -135,11 +157,16 @@ def _bwd(into: Into, dys: Sequence[torch.Tensor], thin: torch.Tensor, *args: Any
     wanted = args[18:]
     given = Given.of(*args[:9], (), dys[0].dtype, False, *args[9:18])
     group = given.group
-    flags: Any = (*wanted[:2], False, *wanted[2:])
-    needs = Needs(*flags)
+    need_x, need_inputs, need_biases, need_down, need_up = wanted
+    needs = Needs(need_x, need_inputs, False, need_biases, need_down, need_up)
     augmented = room.serves(group.x.device) and takes(group, given.out_dtype)
 
     def run(dense: Group) -> Results:
+        if needs.x and not group.down and takes(group, given.out_dtype):
+            whole = dys[0] if len(dys) == 1 else torch.cat(list(dys), -1)
+            dx = torch.matmul(whole, _whole(dense))
+            rest = lora.reference_bwd(dys, thin, *group, False, *needs._replace(x=False))
+            return Results(dx, *rest[1:])
         if augmented:
             return lora_gemm.backward(dys, thin, dense, given.grad_roomy, needs)
         return lora.reference_bwd(dys, thin, *dense, False, *needs)
@@ -211,7 +238,8 @@ def weight_triton(*args: Any) -> torch.Tensor:
 
 
 def _fake_weight(packed: torch.Tensor, *args: Any) -> torch.Tensor:
-    return packed.new_empty((args[4], args[5]), dtype=args[-1])
+    out: torch.Tensor = packed.new_empty((args[4], args[5]), dtype=args[-1])
+    return out
 
 
 _GROUP = (

@@ -68,7 +68,10 @@ class LoRA:
         try:
             base, adapters, out, nodes = _collect(adapter)
         except Refused:
-            base, adapters, out, nodes, added = _collect_opaque(adapter)
+            found = _collect_opaque(adapter)
+            if found is None:
+                raise
+            base, adapters, out, nodes, added = found
         results = [u for u in out.users if ir.is_cast(u)] if len(out.users) == 1 else []
         for result in (*results, out):
             yield _candidate(base, adapters, result, nodes | {result}, added)
@@ -153,10 +156,10 @@ def _adapter(second: fx.Node) -> _Adapter:
             break
         nodes.add(user)
         out = user
+    weights: Any = (first.args[1], second.args[1])
     narrow = ir.is_cast(out) and ir.dtype(out).itemsize < ir.dtype(out.args[0]).itemsize  # type: ignore[arg-type]
     rounded = ir.dtype(out) if narrow else None
-    down: Any = first.args[1]
-    up: Any = second.args[1]
+    down, up = weights
     return _Adapter(x, dropped, down, up, scale, rounded, out, frozenset(nodes))
 
 
@@ -202,6 +205,21 @@ def _collect(
     return base, adapters, total, frozenset(nodes)
 
 
+def _params(adapters: list[_Adapter], weight: Any, added: str) -> dict[str, Any]:
+    """What the report says of a layer."""
+    ranks = [ir.shape(a.down)[0] for a in adapters]
+    params: dict[str, Any] = {
+        "r": ranks[0] if len(ranks) == 1 else ranks,
+        "scale": [a.scale for a in adapters],
+        "dropout": any(a.dropped is not None for a in adapters),
+    }
+    if added:
+        params["form"] = f"added: {added}"
+    elif quantised.is_weight(weight):
+        params["form"] = f"{weight.args[7]}, blocks of {weight.args[8]}"
+    return params
+
+
 def _kernel(weight: Any, added: str) -> str:
     if added:
         return "lora_added"
@@ -210,13 +228,14 @@ def _kernel(weight: Any, added: str) -> str:
 
 def _collect_opaque(
     adapter: _Adapter,
-) -> tuple[fx.Node, list[_Adapter], fx.Node, frozenset[fx.Node], str]:
-    """As ``_collect``, for a base that is known as a tensor alone, and why it is."""
+) -> tuple[fx.Node, list[_Adapter], fx.Node, frozenset[fx.Node], str] | None:
+    """As ``_collect``, for a base that is known as a tensor alone, and why it is; None if none is."""
     nodes, adapters, total = set(adapter.nodes), [adapter], adapter.out
     base: Any = None
     while len(total.users) == 1:
         (user,) = total.users
-        other: Any = ir.other_operand(user, total) if ir.is_call(user, aten.add.Tensor) else None
+        summed = ir.is_call(user, aten.add.Tensor)
+        other: Any = ir.other_operand(user, total) if summed else None
         if not ir.is_tensor(other) or len(user.args) > 2 or user.kwargs:
             break
         second = _second_of(other)
@@ -233,10 +252,9 @@ def _collect_opaque(
         nodes.add(base)
         base = base.args[0]
     why = _opaque(base, adapter.x)
-    if base is None or not why or ir.shape(base) != ir.shape(total):
-        raise Refused("no linear layer's output is added to the adapter's")
-    if any(a.x is not adapter.x for a in adapters):
-        raise Refused("the adapters read different inputs")
+    fits = base is not None and why and ir.shape(base) == ir.shape(total)
+    if base is None or not fits or any(a.x is not adapter.x for a in adapters):
+        return None
     return base, adapters, total, frozenset(nodes), why
 
 
@@ -330,12 +348,6 @@ def _candidate(
         made = call(graph, *lora_groups.over_4bit([*group, *layout]), out)
         return [item(graph, item(graph, made, 0), 0)]
 
-    ranks = [ir.shape(a.down)[0] for a in adapters]
-    params = {"r": ranks[0] if len(ranks) == 1 else ranks, "scale": scales, "dropout": bool(own)}
-    if added:
-        params["form"] = f"added: {added}"
-    elif quantised.is_weight(weight):
-        params["form"] = f"{weight.args[7]}, blocks of {weight.args[8]}"
     return Candidate(
         nodes=nodes,
         inputs=inputs,
@@ -343,7 +355,7 @@ def _candidate(
         outputs=(out,),
         formula=formula,
         emit=emit,
-        params=params,
+        params=_params(adapters, weight, added),
         cast="output",
         scaled=("x", *(f"d{i}" for i in range(len(own)))),
         kernel=_kernel(weight, added),

@@ -18,7 +18,6 @@ from torch import fx
 
 from fusewright.compiler import ir, order
 from fusewright.compiler.legality import mutations
-from fusewright.compiler.normalize import drop_dead
 from fusewright.compiler.rewrite import call, item
 from fusewright.compiler.storage import Storage
 from fusewright.kernels import room
@@ -77,8 +76,6 @@ def merge(graph: fx.Graph) -> None:
         if _mergeable(node):
             by_input.setdefault((_args(node)[_X], node.target), []).append(node)
     for (x, op), members in by_input.items():
-        if not any(_args(m)[_DOWN] for m in members):
-            continue
         dense = op is _dense_op()
         plain = [u for u in x.users if dense and _frozen_linear(u, x, members[0])]
         together = [n for n in graph.nodes if n in members or n in plain]
@@ -196,11 +193,11 @@ def _merge(graph: fx.Graph, members: Sequence[fx.Node]) -> None:
         ir.inherit_provenance(new, old)
         old.replace_all_uses_with(new)
     if order.restore(graph):
-        drop_dead(graph)
+        graph.eliminate_dead_code()
         return
     for old, new in zip(results, made, strict=True):  # no order would serve: as it was
         new.replace_all_uses_with(old)
-    drop_dead(graph)
+    graph.eliminate_dead_code()
 
 
 def settle(graph: fx.Graph) -> list[Storage]:
@@ -208,9 +205,10 @@ def settle(graph: fx.Graph) -> list[Storage]:
     wanted = []
     for node in _groups(graph):
         args = _args(node)
-        if not _untrained(node) or not args[_DOWN] or _kind(node) is None:
+        bare = not args[_DOWN]
+        if not _untrained(node) or _kind(node) is None or (bare and node.target is _dense_op()):
             continue
-        if room.serves(ir.value(args[_X]).device):
+        if not bare and room.serves(ir.value(args[_X]).device):
             how = plan(_group(node))
             space = room.needed(how.columns, how.thin)
             _make_room(graph, node, space)
@@ -248,8 +246,8 @@ def _separate(graph: fx.Graph, node: fx.Node) -> None:
     _, split = _pieces(node)
     if split is None:
         return
-    sizes: Any = split.args[1]
-    args[_WIDTHS] = list(sizes)
+    heights: Any = split.args[1]
+    args[_WIDTHS] = list(heights)
     with graph.inserting_before(node):
         ys = item(graph, call(graph, node.target, args, node), 0)
         made = [item(graph, ys, i) for i in range(len(args[_WIDTHS]))]
@@ -259,7 +257,7 @@ def _separate(graph: fx.Graph, node: fx.Node) -> None:
         old.replace_all_uses_with(new)
         graph.erase_node(old)
     order.restore(graph)
-    drop_dead(graph)
+    graph.eliminate_dead_code()
 
 
 def _make_room(graph: fx.Graph, node: fx.Node, space: room.Room) -> None:

@@ -251,9 +251,9 @@ def _weight(packed: Any, scales: Any, shape: Any, kind: Any, blocksize: Any) -> 
             raise Refused("its block scales are quantised without an offset")
         inner = (scales.absmax, scales.offset, scales.nested_absmax, scales.nested_code,
                  scales.blocksize)  # fmt: skip
-    *tensors, nested_blocksize = inner
-    sizes: Any = (rows, columns, kind, blocksize, nested_blocksize)
-    return Weight(_flat(packed), *tensors, *sizes)
+    absmax, offset, nested_absmax, nested_code, nested_blocksize = inner
+    tensors = (_flat(packed), absmax, offset, nested_absmax, nested_code)
+    return Weight(*tensors, rows, columns, kind, blocksize, nested_blocksize)
 
 
 def _flat(packed: Any) -> Any:

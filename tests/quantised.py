@@ -41,7 +41,9 @@ class Form:
         shape = (dense.in_features, dense.out_features)
         if self.bits == 8:
             made: Any = bnb.nn.Linear8bitLt(*shape, bias=False, has_fp16_weights=False)
-            made.weight = bnb.nn.Int8Params(dense.weight.data.clone(), has_fp16_weights=False)
+            made.weight = bnb.nn.Int8Params(
+                dense.weight.data.clone(), requires_grad=False, has_fp16_weights=False
+            )
             return made.to("cpu")
         packed = self.weight(dense.weight.data)
         if self.bits == 16:

@@ -1,0 +1,78 @@
+"""The op over 4-bit weights against float64 of the same weights, beside dense eager."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_not_worse_pooled
+
+from fusewright.kernels import room
+from fusewright.kernels.codes import code
+from fusewright.runtime.op import register_all
+
+bnb = pytest.importorskip("bitsandbytes.functional")
+register_all()
+BF16, FP32 = torch.bfloat16, torch.float32
+WIDTH, HEIGHTS, RANK, SCALE = 128, (64, 32), 8, 2.0
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_codes(kind: str) -> None:
+    assert torch.equal(code(kind, torch.device("cpu")), bnb.get_4bit_type(kind, device="cpu"))
+
+
+def draw(seed: int, base: torch.dtype, thin: torch.dtype, device: str):
+    """(op's results, eager's, the oracle's): y and gradients of x, A, B of two layers."""
+    torch.manual_seed(seed)
+    made = [
+        bnb.quantize_4bit((torch.randn(h, WIDTH) * 0.2).to(device, base), quant_type="nf4",
+                          blocksize=64, compress_statistics=True) for h in HEIGHTS
+    ]  # fmt: skip
+    dense = [bnb.dequantize_4bit(p, s) for p, s in made]
+    packed, states = [p for p, _ in made], [s for _, s in made]
+    x = torch.randn(2, 7, WIDTH).to(device, base)
+    down = [(torch.randn(RANK, WIDTH) * 0.2).to(device, thin) for _ in HEIGHTS]
+    up = [torch.randn(h, RANK).to(device, thin) for h in HEIGHTS]
+    dys = [torch.randn(2, 7, h).to(device, BF16).to(base) for h in HEIGHTS]
+    rest = ([s.absmax for s in states], [s.offset for s in states],
+            [s.state2.absmax for s in states], [s.state2.code for s in states], list(HEIGHTS),
+            ["nf4"] * 2, [64] * 2, [256] * 2)  # fmt: skip
+
+    def op(x, a, b):
+        layout = ([0, 1], [-1, -1], [SCALE] * 2, list(HEIGHTS), base, False, False)
+        given = (x, [], packed, [None] * 2, a, b, *layout, *rest)
+        return torch.ops.fusewright.lora_group_4bit(*given)[0]
+
+    def eager(x, a, b):
+        ys = []
+        for w, p, q in zip(dense, a, b, strict=True):
+            y = F.linear(x, w.to(x.dtype)) + F.linear(F.linear(x.to(p.dtype), p), q) * SCALE
+            ys.append(y.to(x.dtype))
+        return ys
+
+    def step(run, widen):
+        lift = (lambda t: t.double()) if widen else (lambda t: t)
+        leaves = [lift(t).detach().requires_grad_() for t in (x, *down, *up)]
+        ys = run(leaves[0], leaves[1:3], leaves[3:])
+        return (*ys, *torch.autograd.grad(ys, leaves, [lift(d) for d in dys]))
+
+    return step(op, False), step(eager, False), step(eager, True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("augmented", [False, True])
+@pytest.mark.parametrize(("base", "thin"), [(FP32, FP32), (BF16, BF16), (BF16, FP32)], ids=str)
+def test_not_worse_than_eager(
+    base: torch.dtype,
+    thin: torch.dtype,
+    augmented: bool,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(room, "serves", lambda device: augmented)
+    draws = [draw(seed, base, thin, device) for seed in range(12)]
+    names = ("y0", "y1", "dx", "dA0", "dA1", "dB0", "dB1")
+    assert_not_worse_pooled(draws, names, 1.1 if base is FP32 else 1.02)
+    assert not any(e.width == WIDTH and e.height == sum(HEIGHTS) for e in room._KNOWN.values())
