@@ -349,7 +349,9 @@ def backward(
     dq, dk, dqw, dkw = (g if g.numel() else None for g in grads)
     limits, rows = device.limits(q.device), batch * tokens
     summing = dqw is not None or dkw is not None
-    cut = tile(q_heads, k.shape[1], width, 2048, 512 if summing else 256, limits)
+    # Twice the bytes on their way need half the threads, which then have the registers.
+    most = 512 if summing and q.element_size() == 2 else 256
+    cut = tile(q_heads, k.shape[1], width, 2048, most, limits)
     programs = rows
     partial = None
     if summing:

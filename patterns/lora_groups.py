@@ -18,6 +18,7 @@ from torch import fx
 
 from fusewright.compiler import ir, order
 from fusewright.compiler.legality import mutations
+from fusewright.compiler.normalize import drop_dead
 from fusewright.compiler.rewrite import call, item
 from fusewright.compiler.storage import Storage
 from fusewright.kernels import room
@@ -193,11 +194,11 @@ def _merge(graph: fx.Graph, members: Sequence[fx.Node]) -> None:
         ir.inherit_provenance(new, old)
         old.replace_all_uses_with(new)
     if order.restore(graph):
-        graph.eliminate_dead_code()
+        drop_dead(graph)
         return
     for old, new in zip(results, made, strict=True):  # no order would serve: as it was
         new.replace_all_uses_with(old)
-    graph.eliminate_dead_code()
+    drop_dead(graph)
 
 
 def settle(graph: fx.Graph) -> list[Storage]:
@@ -257,7 +258,7 @@ def _separate(graph: fx.Graph, node: fx.Node) -> None:
         old.replace_all_uses_with(new)
         graph.erase_node(old)
     order.restore(graph)
-    graph.eliminate_dead_code()
+    drop_dead(graph)
 
 
 def _make_room(graph: fx.Graph, node: fx.Node, space: room.Room) -> None:
