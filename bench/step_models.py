@@ -222,7 +222,6 @@ def _compiled(model: Any, name: str, peer: str) -> Any:
 
         given = {"lowering": "inductor"} | options(peer)
         given.pop("disable", None)  # in the environment of the process
-        given["cuda_graphs"] = given.get("cuda_graphs") == "1"
         return fusewright.optimize(model, **given)  # type: ignore[arg-type]
     return model
 

@@ -59,7 +59,6 @@ class Options:
     verify: str = "first_step"
     logits: str = "lazy"
     strict: bool = False
-    cuda_graphs: bool = False
     memory_budget: str | int | float | None = None
     environment: Environment = field(default_factory=Environment)
 

@@ -30,11 +30,7 @@ def choose(requested: str, graph: fx.Graph) -> str:
 
 
 def lower(
-    gm: fx.GraphModule,
-    example_inputs: list[Any],
-    how: str,
-    autocast_device: str | None,
-    graphs: bool = False,
+    gm: fx.GraphModule, example_inputs: list[Any], how: str, autocast_device: str | None
 ) -> Callable[..., Any]:
     """The callable of a canonical graph.
 
@@ -44,11 +40,10 @@ def lower(
         how: "fx", "aot" or "inductor".
         autocast_device: device type whose autocast was made explicit in the graph and must be off
             while it runs, or None.
-        graphs: replay Inductor's code as CUDA graphs, where it draws no random numbers.
     """
     with autocast_off(autocast_device):
         if how == "inductor":
-            run = _inductor(gm, example_inputs, graphs)
+            run = _inductor(gm, example_inputs)
         elif how == "aot":
             from torch._dynamo.backends.debugging import aot_eager
 
@@ -71,15 +66,11 @@ def autocast_off(device: str | None) -> Any:
     return nullcontext() if device is None else torch.autocast(device, enabled=False)
 
 
-def _inductor(gm: fx.GraphModule, example_inputs: list[Any], graphs: bool) -> Callable[..., Any]:
+def _inductor(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    patches: dict[str, Any] = {}
-    if _draws(gm):
-        patches["fallback_random"] = True
-    elif graphs:
-        patches["triton.cudagraphs"] = True
-    run: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
+    patches = {"fallback_random": True} if _draws(gm) else None
+    run: Any = compile_fx(gm, example_inputs, config_patches=patches)
     compiled: Callable[..., Any] = run
     return compiled
 

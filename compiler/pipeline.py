@@ -155,8 +155,7 @@ def _lower(
         return lower.lower(gm, example_inputs, "fx", device)
     kept = copy.deepcopy(gm)
     try:
-        graphs = session.options.cuda_graphs and record.kind == "block"
-        return lower.lower(gm, example_inputs, record.lowering, device, graphs)
+        return lower.lower(gm, example_inputs, record.lowering, device)
     except Exception as error:
         # Inductor's failures are of every kind, and plain FX runs whatever was captured.
         if session.options.strict:

@@ -33,7 +33,6 @@ def optimize(
     verify: str = "first_step",
     logits: str = "lazy",
     strict: bool = False,
-    cuda_graphs: bool = False,
 ) -> Model:
     """Make the model's training step faster and smaller, in place; returns the same object.
 
@@ -49,9 +48,6 @@ def optimize(
         verify: "first_step" holds each region against float64 at its first step; "off" does not.
         logits: "lazy" computes ``outputs.logits`` when they are read; "eager" always.
         strict: raise where a region cannot be compiled or verified, instead of falling back.
-        cuda_graphs: replay the blocks' Inductor code as CUDA graphs: no time on the host, but every
-            batch shape is recorded anew and keeps memory of its own, and a block's outputs
-            (``output_hidden_states``) are overwritten by the next step.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
@@ -67,7 +63,6 @@ def optimize(
         "verify": verify,
         "logits": logits,
         "strict": strict,
-        "cuda_graphs": cuda_graphs,
     }
     driver.optimize(model, DEFAULT, options)
     return model
