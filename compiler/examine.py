@@ -42,6 +42,7 @@ def examine(
         run(*(handed if module is None else (module, *handed)))
     finally:
         revert()
+        session.leaving()
     return coverage.report(session, module)
 
 

@@ -175,7 +175,12 @@ class Session:
 
     def entering(self, path: str) -> None:
         """What runs next is the region at ``path``."""
-        self._running = path
+        self._running, self._ran = path, []
+
+    def leaving(self) -> None:
+        """It has run: the graphs that did are its own."""
+        for record in self._ran:
+            record.modules.add(self._running)
 
     def around_spine(self) -> AbstractContextManager[Any]:
         """The context in which the modules above the blocks run."""

@@ -185,7 +185,10 @@ def _walk(body: fx.GraphModule, given: list[Any]) -> Any:
     if len(context) > 1 or len(given) > len(places):
         raise Refused(f"its body takes {len(places)} values, and is given {len(given)}")
     known.update(zip(places, [*context, *given], strict=True))
+    read = _read_nodes(body.graph)
     for node in body.graph.nodes:
+        if node not in read:
+            continue
         if node.op in ("call_function", "call_method"):
             known[node] = _read_call(node, _mapped(node.args, known), _mapped(node.kwargs, known))
         elif node.op == "output":
@@ -193,6 +196,16 @@ def _walk(body: fx.GraphModule, given: list[Any]) -> Any:
         elif node.op != "placeholder":
             raise Refused(f"its body has a {node.op}")
     raise Refused("its body has no output")
+
+
+def _read_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that the output or a call in place reads; what else there is (sizes) changes nothing."""
+    read: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
+        if node in read or node.op == "output" or name.endswith("_") or name == "_set_grad_enabled":
+            read |= {node, *node.all_input_nodes}
+    return read
 
 
 def _mapped(value: Any, known: dict[fx.Node, Any]) -> Any:

@@ -139,7 +139,7 @@ def test_the_page_escapes_what_a_model_says(report: CoverageReport) -> None:
 
 def test_the_difference(report: CoverageReport) -> None:
     assert not report.diff(report) and str(report.diff(report)) == "no difference"
-    fewer = _report(patterns=["rms_norm", "glu"])
+    fewer = _report(patterns=["rms_norm", "add_rms_norm", "glu"])
     gained = fewer.diff(report)
     assert gained.counts == {"linear_cross_entropy": [0, 1], "rope": [0, 4]}
     assert {s["pattern"] for s in gained.now_fires} == {"linear_cross_entropy", "rope"}
