@@ -106,7 +106,8 @@ def test_eight_bits_take_the_added_form() -> None:
     for seed in range(2):
         mine, theirs = (training.train_step(m, batch, seed=seed) for m in (ours, eager))
         training.assert_same_step(mine, theirs, 1e-5)
-    assert set(fired(ours)) == {"lora_added"}
+    # Where x needs no gradient, in the first layer, the weight is dequantised in the open.
+    assert "lora_added" in fired(ours) and set(fired(ours)) <= {"lora_added", "lora_group"}
 
 
 def test_training_and_saving(tmp_path: Path) -> None:
