@@ -2,9 +2,10 @@
 
 ``merge`` makes one ``lora_group`` of all that read the same x, frozen layers without adapters
 included, and hands out the results as pieces of one tensor; a gated unit that takes two of them as
-halves then writes both gradients into one buffer. ``settle`` runs last: pieces that are still in use
-become results of their own, the producers of x and of the gradient leave room behind their rows where
-nobody else would see it, and the weights are asked for in one buffer (kernels/room.py).
+halves then writes both gradients into one buffer. ``settle`` runs last: the producers of x and of the
+gradient leave room behind their rows where nobody else would see it, and the weights are asked for in
+one buffer (kernels/room.py). The pieces are views of one result: AOTAutograd refuses an op whose
+results share memory.
 """
 
 from __future__ import annotations
@@ -215,7 +216,6 @@ def settle(graph: fx.Graph) -> list[Storage]:
             _make_room(graph, node, space)
             if node.target is _dense_op():
                 wanted.append(_storage(node, space))
-        _separate(graph, node)
     return wanted
 
 
@@ -237,28 +237,6 @@ def _pieces(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     y = next(iter(ys.users))
     splits = [u for u in y.users if ir.is_call(u, aten.split_with_sizes.default)]
     return y, splits[0] if len(splits) == 1 and len(y.users) == 1 else None
-
-
-def _separate(graph: fx.Graph, node: fx.Node) -> None:
-    """Hand out the pieces as results of their own where they are used one by one."""
-    args = _args(node)
-    if len(args[_WEIGHTS]) < 2 or len(args[_WIDTHS]) != 1:
-        return
-    _, split = _pieces(node)
-    if split is None:
-        return
-    heights: Any = split.args[1]
-    args[_WIDTHS] = list(heights)
-    with graph.inserting_before(node):
-        ys = item(graph, call(graph, node.target, args, node), 0)
-        made = [item(graph, ys, i) for i in range(len(args[_WIDTHS]))]
-    for old in list(split.users):
-        new = made[old.args[1]]  # type: ignore[index]
-        ir.inherit_provenance(new, old)
-        old.replace_all_uses_with(new)
-        graph.erase_node(old)
-    order.restore(graph)
-    drop_dead(graph)
 
 
 def _make_room(graph: fx.Graph, node: fx.Node, space: room.Room) -> None:

@@ -33,7 +33,7 @@ _LARGE = {
             "vocab_size": 128256,
             "max_position_embeddings": 131072,
         },
-        {"rms_norm": 253, "rope": 252, "glu": 126, "linear_cross_entropy": 1},
+        {"rms_norm": 253, "add_rms_norm": 126, "rope": 252, "glu": 126, "linear_cross_entropy": 1},
         405.8e9,
     ),
     "235B experts": (
@@ -50,7 +50,14 @@ _LARGE = {
             "vocab_size": 151936,
             "norm_topk_prob": True,
         },
-        {"rms_norm": 377, "rope": 188, "glu": 94, "linear_cross_entropy": 1},
+        {
+            "rms_norm": 377,
+            "add_rms_norm": 94,
+            "qk_norm_rope": 94,
+            "rope": 188,
+            "glu": 94,
+            "linear_cross_entropy": 1,
+        },
         235.1e9,
     ),
 }

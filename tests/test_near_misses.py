@@ -17,7 +17,7 @@ import test_patterns_glu_near
 import test_patterns_layer_norm
 import test_patterns_lora
 import test_patterns_rms_norm_near
-import test_patterns_rope
+import test_patterns_rope_near
 import torch
 from graphs import Compiled, _assert_equal, check, compile_one, rows
 from near_blocks import ITSELF, LEFT, NEAR_BLOCKS, OPS, WIDTH, Block
@@ -29,7 +29,7 @@ FAMILIES = (
     test_patterns_layer_norm,
     test_patterns_lora,
     test_patterns_rms_norm_near,
-    test_patterns_rope,
+    test_patterns_rope_near,
 )
 LEAST = 60
 # Look-alikes that are left alone without a row in the report: no family has anything to look at.
