@@ -102,7 +102,6 @@ class Session:
         self._running = ""
         self._module: nn.Module | None = None
         self._ran: list[GraphRecord] = []
-        self._pending: list[GraphRecord] = []
 
     def note(self, text: str) -> None:
         """Keep a line for the report, once."""

@@ -149,7 +149,7 @@ def reference_bwd(*args: Any) -> Results:
     start = 0
     for i, (a, b) in enumerate(zip(group.down, group.up, strict=True)):
         branch, own = g[group.member[i]].to(b.dtype), group.input_of(i).reshape(-1, width)
-        low = thin_columns(given.thin, start, a.shape[0])
+        low = given.thin[:, start : start + a.shape[0]]
         start += a.shape[0]
         p = scaled(branch, b, group.scales[i])
         ddown.append(p.T @ own.to(a.dtype) if needs.down else absent(a))
@@ -189,11 +189,6 @@ def host_bwd(*args: Any) -> Results:
     group = given.group
     roomy = takes(group, given.dys[0].dtype) and lora_gemm.has_room(group)
     return device_bwd(*args) if roomy else reference_bwd(*args)
-
-
-def thin_columns(thin: torch.Tensor, start: int, rank: int) -> torch.Tensor:
-    """The columns of one adapter."""
-    return thin[:, start : start + rank]
 
 
 def device_fwd(*args: Any) -> tuple[list[torch.Tensor], torch.Tensor]:

@@ -231,14 +231,6 @@ def _storage(node: fx.Node, space: room.Room) -> Storage:
     return Storage(weights, make, holds, room.owned, "lora")
 
 
-def _pieces(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """y of a group that hands it out whole, and its split if it is only split."""
-    ys = next(u for u in node.users if u.args[1] == 0)
-    y = next(iter(ys.users))
-    splits = [u for u in y.users if ir.is_call(u, aten.split_with_sizes.default)]
-    return y, splits[0] if len(splits) == 1 and len(y.users) == 1 else None
-
-
 def _make_room(graph: fx.Graph, node: fx.Node, space: room.Room) -> None:
     """Have x, and the gradient of y, made with room behind their rows."""
     args = _args(node)
@@ -251,7 +243,7 @@ def _make_room(graph: fx.Graph, node: fx.Node, space: room.Room) -> None:
     )
     if unseen and _with_room(graph, producer, room=space.columns):
         args[_ROOMY] = True
-    y, _ = _pieces(node) if len(args[_WIDTHS]) == 1 else (None, None)
+    y = _result(node) if len(args[_WIDTHS]) == 1 else None
     if y is not None and len(y.users) == 1:
         (user,) = y.users
         if user.args[0] is y and _with_room(graph, user, grad_room=space.rows):
