@@ -1,0 +1,447 @@
+"""Record what a host function does with its tensors, and make of it a function that does it again.
+
+The function runs once under a dispatch mode that sees every operation, while its launches write
+themselves down. Each tensor that is launched, operated on or returned is traced to an argument or to
+a buffer made on the way, by its storage, and to the place in there. What is repeated are allocations,
+launches and a list of operations whose results depend on their operands alone; anything else (a value
+read back, a random number) and every tensor of unknown origin leave nothing to repeat.
+
+What a function looks at besides shapes, strides, dtypes and constants it says itself
+(``fusewright.kernels.recording``), as conditions that are checked before each repetition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusewright.kernels.launcher import current_stream
+from fusewright.kernels.recording import Alias, Condition, Launch, Table, recorder
+from fusewright.kernels.room import reinterpret
+from fusewright.runtime.rule import picker
+
+aten = torch.ops.aten
+Call = Callable[..., Any]
+Tensors = Sequence[torch.Tensor | None]
+_BUFFERS = frozenset(
+    {
+        aten.empty.memory_format,
+        aten.empty_strided.default,
+        aten.empty_like.default,
+        aten.new_empty.default,
+        aten.new_empty_strided.default,
+    }
+)
+_VIEWS = frozenset(  # and what asks about dtypes
+    {
+        aten.promote_types.default,
+        aten.alias.default,
+        aten.as_strided.default,
+        aten.detach.default,
+        aten.expand.default,
+        aten.permute.default,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.squeeze.dim,
+        aten.t.default,
+        aten.transpose.int,
+        aten.unsqueeze.default,
+        aten.view.default,
+        aten._unsafe_view.default,
+    }
+)
+_OPERATIONS = frozenset(
+    {
+        aten._assert_async.msg,
+        aten._to_copy.default,
+        aten.add.Tensor,
+        aten.addmm.default,
+        aten.addmm_.default,
+        aten.cat.default,
+        aten.clone.default,
+        aten.copy_.default,
+        aten.fill_.Scalar,
+        aten.mm.default,
+        aten.mm.dtype,
+        aten.mm.out,
+        aten.mul.Tensor,
+        aten.new_zeros.default,
+        aten.sub.Tensor,
+        aten.sum.dim_IntList,
+        aten.zero_.default,
+    }
+)
+
+
+class _Operation(NamedTuple):
+    """An operation and its result."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+
+class _Buffer(NamedTuple):
+    """An allocation."""
+
+    tensor: torch.Tensor
+
+
+class _Watch(TorchDispatchMode):
+    """Writes down what a host function does; ``strange`` is the first thing that is not understood."""
+
+    def __init__(self, steps: list[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.steps = steps
+        self.strange: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in _BUFFERS:
+            self.steps.append(_Buffer(out))
+        elif func in _OPERATIONS:
+            self.steps.append(_Operation(func, args, kwargs, out))
+        elif func not in _VIEWS:
+            self.strange = self.strange or str(func)
+        return out
+
+
+class Plan:
+    """What to do again: ``run(tensors, pointers)`` of the tensor arguments gives the results.
+
+    Both are lists that ``run`` appends to. ``here`` tells whether the plan's device is the current
+    one, where there are several; ``holds(tensors)``, where there are conditions, whether all of them
+    hold. ``kept`` is for whoever needs more of the signature; it begins as None.
+    """
+
+    __slots__ = ("here", "holds", "kept", "run")
+
+    def __init__(self, run: Call, here: Call | None, holds: Call | None) -> None:
+        self.run, self.here, self.holds = run, here, holds
+        self.kept: Any = None
+
+
+class _Unknown(Exception):
+    """A recording has a tensor that comes from nowhere."""
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies: in which origin, how many bytes behind its beginning."""
+
+    origin: int
+    offset: int
+
+
+class _Origins:
+    """The tensors that others lie in: arguments, then buffers and results as they are made.
+
+    What a function gets from torch.empty is another object than what the mode saw, on the same
+    storage; arguments are the objects they were, and several may share a storage.
+    """
+
+    def __init__(self, given: Tensors) -> None:
+        self.tensors: list[torch.Tensor | None] = list(given)
+        self.aliases: list[tuple[torch.Tensor, int]] = []
+
+    def alias(self, t: torch.Tensor, other: torch.Tensor) -> None:
+        self.aliases.append((t, self.place(other).origin))
+
+    def add(self, t: torch.Tensor) -> int:
+        self.tensors.append(t)
+        return len(self.tensors) - 1
+
+    def knows(self, t: torch.Tensor) -> bool:
+        return any(o is not None and _storage(o) == _storage(t) for o in self.tensors)
+
+    def place(self, t: torch.Tensor) -> _Place:
+        for at, other in enumerate(self.tensors):
+            if other is t:
+                return _Place(at, 0)
+        for other, at in self.aliases:
+            if _storage(other) == _storage(t):
+                return _Place(at, t.data_ptr() - other.data_ptr())
+        around = [
+            _Place(at, t.data_ptr() - other.data_ptr())
+            for at, other in enumerate(self.tensors)
+            if other is not None and _storage(other) == _storage(t)
+        ]
+        if len(around) > 1:  # arguments that are pieces of one tensor
+            around = [p for p in around if _inside(t, self.tensors[p.origin], p.offset)]
+        if len(around) != 1:
+            raise _Unknown
+        return around[0]
+
+
+def _storage(t: torch.Tensor) -> int:
+    return int(t.untyped_storage()._cdata)
+
+
+def _inside(t: torch.Tensor, whole: torch.Tensor | None, offset: int) -> bool:
+    """Whether the first and the last element of ``t`` are elements of ``whole``."""
+    assert whole is not None
+    if t.dtype != whole.dtype or offset < 0 or t.numel() == 0:
+        return False
+    first = offset // t.element_size()
+    last = first + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return _element(first, whole) and _element(last, whole)
+
+
+def _element(at: int, of: torch.Tensor) -> bool:
+    """Whether the memory ``at`` elements behind the beginning is an element of a tensor."""
+    for stride, size in sorted(zip(of.stride(), of.shape, strict=True), reverse=True):
+        if stride and size > 1:
+            index = min(at // stride, size - 1)
+            at -= index * stride
+    return at == 0
+
+
+def record(host: Call, values: tuple[Any, ...], given: Tensors) -> tuple[Any, Plan | None]:
+    """Run ``host(*values)``, whose tensors are ``given``; its results and its plan, if it has one."""
+    steps: list[Any] = []
+    watch = _Watch(steps)
+    recorder.steps = steps
+    try:
+        with watch:
+            out = host(*values)
+    finally:
+        recorder.steps = None
+    device = next(t.device for t in given if t is not None)
+    if watch.strange is not None:
+        return out, None
+    try:
+        return out, _Writer(device, given).plan(steps, out)
+    except _Unknown:
+        return out, None
+
+
+class _Writer:
+    """Turns recorded steps into functions of (tensors, pointers) of the origins so far."""
+
+    def __init__(self, device: torch.device, given: Tensors) -> None:
+        self.device, self.count = device, len(given)
+        self.origins = _Origins(given)
+        self.new = _allocator(device)
+
+    def plan(self, steps: list[Any], out: Any) -> Plan:
+        """The plan of these steps with the results ``out``."""
+        writers = {
+            _Buffer: self._buffer, Launch: self._launch, _Operation: self._operation,
+            Table: self._table,
+        }  # fmt: skip
+        conditions = [found for s in steps if type(s) is Condition if (found := self._check(s))]
+        program = []
+        for step in steps:
+            if type(step) is Alias:
+                self.origins.alias(*step)
+            elif type(step) is not Condition:
+                program.append(writers[type(step)](step))
+        results = self._results(out)
+
+        def run(tensors: list[Any], pointers: list[Any]) -> Any:
+            for step in program:
+                step(tensors, pointers)
+            return results(tensors)
+
+        return Plan(run, _presence(self.device), _all_of(conditions))
+
+    def _buffer(self, step: _Buffer) -> Call:
+        t, new = step.tensor, self.new
+        if t.device != self.device:
+            raise _Unknown
+        self.origins.add(t)
+        size, stride, dtype = tuple(t.shape), t.stride(), t.dtype
+
+        def allocate(tensors: list[Any], pointers: list[Any]) -> None:
+            made = new(size, stride, dtype)
+            tensors.append(made)
+            pointers.append(made.data_ptr())
+
+        return allocate
+
+    def _launch(self, step: Launch) -> Call:
+        compiled = step.compiled
+        if compiled is None:
+            raise _Unknown
+        places = [None if t is None else self.origins.place(t) for t in step.tensors]
+        run, before = compiled.run, (*step.grid, 1)
+        after = (compiled.function, compiled.packed_metadata, None, None, None)
+        rest = step.numbers + step.constants
+        index = -1 if self.device.index is None else self.device.index
+        if all(p is not None and not p.offset for p in places):
+            pick = picker([p.origin for p in places if p is not None])
+
+            def launch(tensors: list[Any], pointers: list[Any]) -> None:
+                run(*before, current_stream(index), *after, *pick(pointers), *rest)
+
+            return launch
+        # Behind what there is stand the addresses inside of it, and None.
+        at = {p: i for i, p in enumerate(dict.fromkeys(p for p in places if p and p.offset))}
+        inside, end = tuple(at), len(at)
+        chosen = [(True, p.origin) if p and not p.offset else (False, at.get(p, end))
+                  for p in places]  # fmt: skip
+        total = len(self.origins.tensors)
+        choose = picker([i if direct else total + i for direct, i in chosen])
+
+        def launch_inside(tensors: list[Any], pointers: list[Any]) -> None:
+            found = [*pointers, *[pointers[o] + offset for o, offset in inside], None]
+            run(*before, current_stream(index), *after, *choose(found), *rest)
+
+        return launch_inside
+
+    def _operation(self, step: _Operation) -> Call:
+        flat, spec = pytree.tree_flatten((step.args, step.kwargs))
+        reads = [self._read(v) if isinstance(v, torch.Tensor) else None for v in flat]
+        function, fresh = step.function._op, False
+        if isinstance(step.result, torch.Tensor) and not self.origins.knows(step.result):
+            self.origins.add(step.result)
+            fresh = True
+
+        def operate(tensors: list[Any], pointers: list[Any]) -> None:
+            found = [v if r is None else r(tensors) for r, v in zip(reads, constants, strict=True)]
+            args, kwargs = pytree.tree_unflatten(found, spec)
+            out = function(*args, **kwargs)
+            if fresh:
+                tensors.append(out)
+                pointers.append(out.data_ptr())
+
+        constants = [None if isinstance(v, torch.Tensor) else v for v in flat]
+        if step.function is aten.mm.out or step.function is aten.mm.default:
+            return self._product(step, reads, fresh)
+        return operate
+
+    def _product(self, step: _Operation, reads: list[Any], fresh: bool) -> Call:
+        """A matrix product, which most of the time is the only operation there is."""
+        left, right, *out = reads
+        mm = torch.mm
+        if fresh:
+
+            def multiply(tensors: list[Any], pointers: list[Any]) -> None:
+                made = mm(left(tensors), right(tensors))
+                tensors.append(made)
+                pointers.append(made.data_ptr())
+
+            return multiply
+        (into,) = out
+
+        def multiply_into(tensors: list[Any], pointers: list[Any]) -> None:
+            mm(left(tensors), right(tensors), out=into(tensors))
+
+        return multiply_into
+
+    def _table(self, step: Table) -> Call:
+        places = [self.origins.place(t) for t in step.tensors]
+        self.origins.add(step.table)
+        make, known = step.make, _Tables()
+
+        def look(tensors: list[Any], pointers: list[Any]) -> None:
+            addresses = tuple([pointers[o] + offset for o, offset in places])
+            found = known.get(addresses)
+            if found is None:
+                found = known.put(addresses, make(addresses))
+            tensors.append(found)
+            pointers.append(found.data_ptr())
+
+        return look
+
+    def _check(self, step: Condition) -> Call | None:
+        """A condition as a function of the arguments; None where it is on what is made here."""
+        places = []
+        for t in step.tensors:
+            if not self.origins.knows(t):
+                return None
+            places.append(self.origins.place(t))
+        if any(p.offset for p in places):
+            raise _Unknown
+        pick, check = picker([p.origin for p in places]), step.check
+        return lambda tensors: check(*pick(tensors))
+
+    def _read(self, t: torch.Tensor) -> Call:
+        """A function that gives a tensor's counterpart among the origins."""
+        place = self.origins.place(t)
+        origin = self.origins.tensors[place.origin]
+        assert origin is not None
+        at = place.origin
+        if origin.dtype != t.dtype or place.offset % t.element_size():
+            raise _Unknown
+        if not place.offset and origin.shape == t.shape and origin.stride() == t.stride():
+            return lambda tensors: tensors[at]
+        size, stride, offset = tuple(t.shape), t.stride(), place.offset // t.element_size()
+        return lambda tensors: reinterpret(tensors[at], size, stride, offset)
+
+    def _results(self, out: Any) -> Call:
+        """A function that gives the results, in tuples and lists as they were."""
+        if isinstance(out, torch.Tensor):
+            return self._result(out)
+        if type(out) is list:
+            entries = [self._results(v) for v in out]
+            return lambda tensors: [e(tensors) for e in entries]
+        parts = [self._results(v) for v in out]
+        if all(isinstance(v, torch.Tensor) for v in out):
+            whole = [self._whole(v) for v in out]
+            if None not in whole:
+                return picker([w for w in whole if w is not None])
+        return lambda tensors: tuple([p(tensors) for p in parts])
+
+    def _result(self, t: torch.Tensor) -> Call:
+        if self.origins.place(t).origin < self.count:
+            raise _Unknown  # an argument handed back
+        return self._read(t)
+
+    def _whole(self, t: torch.Tensor) -> int | None:
+        """Which origin a result is, if it is all of it."""
+        place = self.origins.place(t)
+        origin = self.origins.tensors[place.origin]
+        assert origin is not None
+        alike = origin.shape == t.shape and origin.stride() == t.stride()
+        return place.origin if alike and origin.dtype == t.dtype and not place.offset else None
+
+
+class _Tables(dict[tuple[int, ...], torch.Tensor]):
+    """Tables by the addresses that they were made of."""
+
+    def put(self, addresses: tuple[int, ...], made: torch.Tensor) -> torch.Tensor:
+        if len(self) >= 1024:
+            self.clear()
+        self[addresses] = made
+        return made
+
+
+def _all_of(conditions: list[Call]) -> Call | None:
+    if not conditions:
+        return None
+
+    def holds(tensors: list[Any]) -> bool:
+        for true in conditions:  # noqa: SIM110 - a generator costs more; later ones rely on earlier
+            if not true(tensors):
+                return False
+        return True
+
+    return holds
+
+
+def _presence(device: torch.device) -> Callable[[], bool] | None:
+    if device.type != "cuda" or torch.cuda.device_count() == 1:
+        return None
+    current, index = torch._C._cuda_getDevice, device.index
+    return lambda: current() == index
+
+
+def _allocator(device: torch.device) -> Call:
+    """(sizes, strides, dtype) to a tensor on the current device of this type.
+
+    Inductor's own way to make buffers takes a third of the time of torch.empty_strided.
+    """
+    quick: Call | None = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
+    if quick is not None:
+        return quick
+    return lambda sizes, strides, dtype: torch.empty_strided(
+        sizes, strides, dtype=dtype, device=device
+    )
