@@ -111,9 +111,7 @@ def prepare(copies: Sequence[Copy]) -> list[Work]:
     return works
 
 
-def _table(
-    group: Sequence[Copy], layouts: tuple[tuple[int, ...], ...], tasks: int
-) -> torch.Tensor:
+def _table(group: Sequence[Copy], layouts: tuple[tuple[int, ...], ...], tasks: int) -> torch.Tensor:
     """The table of copies that are laid out alike, for their addresses."""
     device = group[0].target.device
     tensors = [t for copy in group for t in (copy.source, copy.target)]

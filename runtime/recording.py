@@ -53,6 +53,7 @@ _VIEWS = frozenset(  # and what asks about dtypes
         aten.transpose.int,
         aten.unsqueeze.default,
         aten.view.default,
+        aten.view.dtype,
         aten._unsafe_view.default,
     }
 )
@@ -237,6 +238,7 @@ class _Writer:
             Table: self._table,
         }  # fmt: skip
         conditions = [found for s in steps if type(s) is Condition if (found := self._check(s))]
+        conditions += self._twice()
         program = []
         for step in steps:
             if type(step) is Alias:
@@ -362,6 +364,19 @@ class _Writer:
             raise _Unknown
         pick, check = picker([p.origin for p in places]), step.check
         return lambda tensors: check(*pick(tensors))
+
+    def _twice(self) -> list[Call]:
+        """That arguments which were one tensor are one."""
+        first: dict[int, int] = {}
+        pairs = []
+        for at, t in enumerate(self.origins.tensors):
+            if t is not None and (other := first.setdefault(id(t), at)) != at:
+                pairs.append((other, at))
+        if not pairs:
+            return []
+        return [
+            lambda tensors: all([tensors[i].data_ptr() == tensors[j].data_ptr() for i, j in pairs])
+        ]
 
     def _read(self, t: torch.Tensor) -> Call:
         """A function that gives a tensor's counterpart among the origins."""

@@ -74,7 +74,7 @@ def planned(host: Call, schema: Any, device: str = "cuda") -> Planned:
         if rest is None:
             return host(*values)
         if rest in known:
-            return _record(host, values, tensors, known, rest)
+            return _record(host, values, tensors, known, rest, nested)
         out = host(*values)  # shapes that never come again are not worth a recording
         if len(known) >= _MOST:
             known.clear()
@@ -175,11 +175,20 @@ def _admission(kinds: list[str], device: str) -> Callable[[tuple[Any, ...]], boo
 
 
 def _record(
-    host: Call, values: tuple[Any, ...], given: Sequence[Any], known: dict[Any, Any], key: Any
+    host: Call,
+    values: tuple[Any, ...],
+    given: Sequence[Any],
+    known: dict[Any, Any],
+    key: Any,
+    nested: bool,
 ) -> Any:
-    """Run the host function and make its plan, unless two arguments cannot be told apart."""
+    """Run the host function and make its plan.
+
+    Not so where two arguments are one tensor, since a plan for that serves nobody else; but lists
+    often have one tensor several times, and then always.
+    """
     there = [id(t) for t in given if t is not None]
-    if len(set(there)) < len(there) or recorder.steps is not None:
+    if recorder.steps is not None or (not nested and len(set(there)) < len(there)):
         return host(*values)
     out, plan = record(host, values, given)
     known[key] = _REFUSED if plan is None else plan

@@ -13,7 +13,7 @@ import torch
 from repeated import interpreted_launches
 from test_kernels_lora import HEIGHTS, Case, cotangents
 
-from fusewright.kernels import lora, lora_products, room, thin
+from fusewright.kernels import lora, lora_products, qlora, room, thin
 from fusewright.runtime.op import register_all
 from fusewright.runtime.replay import Planned, planned
 
@@ -107,6 +107,43 @@ def test_a_plan_repeats_a_group(form: str, adapters: Layout, thin_dtype: torch.d
             ours = backward.planned.call(*given)
             _same(ours, lora.device_bwd(*given))
             assert backward.calls == calls
+
+
+def _quantised(seed: int, nested_code: torch.Tensor) -> tuple[Any, ...]:
+    """A group of two layers over 4-bit weights with nested statistics, as the forward's arguments."""
+    torch.manual_seed(seed)
+    heights, width, rank = (64, 32), 128, 8
+    blocks = [h * width // 64 for h in heights]
+    rest = (
+        [torch.rand(n).mul(255).to(torch.uint8) for n in blocks],
+        [torch.tensor(0.1) for _ in heights],
+        [torch.rand(-(-n // 256)) for n in blocks],
+        [nested_code] * 2,
+        list(heights), ["nf4"] * 2, [64] * 2, [256] * 2,
+    )  # fmt: skip
+    packed = [torch.randint(0, 256, (h * width // 2, 1), dtype=torch.uint8) for h in heights]
+    down = [torch.randn(rank, width, dtype=BF16) for _ in heights]
+    up = [torch.randn(h, rank, dtype=BF16) for h in heights]
+    layout = ([0, 1], [-1, -1], [2.0] * 2, [sum(heights)], BF16, False, False)
+    x = torch.randn(2, 7, width, dtype=BF16)
+    return (x, [], packed, [None] * 2, down, up, *layout, *rest)
+
+
+def test_a_plan_repeats_a_group_over_4_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dequantised into scratch memory that is another one each time."""
+    monkeypatch.setattr(room, "serves", lambda device: True)
+    forward = _Counted(qlora.triton_fwd, "lora_group_4bit")
+    backward = _Counted(qlora.triton_bwd, "lora_group_4bit_backward")
+    nested_code, alive = torch.linspace(0, 1, 256), []
+    for seed, calls in enumerate((1, 2, 2, 2)):
+        given = _quantised(seed, nested_code)
+        alive += [given, torch.empty(1 << 16)]
+        ours, theirs = forward.planned.call(*given), qlora.triton_fwd(*given)
+        _same(ours, theirs)
+        dy = torch.randn(2, 7, 96, dtype=BF16)
+        back = ([dy], theirs[1], *given[:9], False, *given[13:], True, True, False, True, True)
+        _same(backward.planned.call(*back), qlora.triton_bwd(*back))
+        assert forward.calls == backward.calls == calls
 
 
 def test_weights_elsewhere_take_the_host_function() -> None:
