@@ -30,7 +30,7 @@ _UNIT = 16  # columns and rows of room come in multiples, so that every row star
 
 # (tensor, shape, strides, elements behind its beginning): a tensor on the same storage, which autograd
 # takes for no view; bounds are not checked
-reinterpret: Callable[..., torch.Tensor] = torch._C._dynamo.guards._reinterpret_tensor
+reinterpret: Callable[..., torch.Tensor] = vars(torch._C._dynamo.guards)["_reinterpret_tensor"]
 
 
 class Room(NamedTuple):

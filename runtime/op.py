@@ -90,7 +90,7 @@ def _differentiate(
     apply = applied(spec, forward, backward, arguments)
     if forward_plan is not None and backward_plan is not None:
         if arguments.lists:
-            rule = lambda found, values: apply(*values)  # noqa: E731
+            rule = lambda found, values: apply(*values)
         else:
             rule = quick.differentiated(spec, arguments, forward_plan, backward_plan, backward)
             short = quick.way(forward_plan, watched, rule)

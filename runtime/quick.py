@@ -175,7 +175,7 @@ def wants_grad(value: Any) -> bool:
     if value is None:
         return False
     if value.__class__ is list or value.__class__ is tuple:
-        return any([wants_grad(v) for v in value])
+        return any(map(wants_grad, value))
     return isinstance(value, torch.Tensor) and value.requires_grad
 
 

@@ -13,106 +13,21 @@ What a function looks at besides shapes, strides, dtypes and constants it says i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.kernels.launcher import current_stream
 from fusewright.kernels.recording import Alias, Condition, Launch, Table, recorder
 from fusewright.kernels.room import reinterpret
+from fusewright.runtime.origins import Origins, Unknown
 from fusewright.runtime.rule import picker
+from fusewright.runtime.watch import Buffer, Operation, Watch
 
 aten = torch.ops.aten
 Call = Callable[..., Any]
 Tensors = Sequence[torch.Tensor | None]
-_BUFFERS = frozenset(
-    {
-        aten.empty.memory_format,
-        aten.empty_strided.default,
-        aten.empty_like.default,
-        aten.new_empty.default,
-        aten.new_empty_strided.default,
-    }
-)
-_VIEWS = frozenset(  # and what asks about dtypes
-    {
-        aten.promote_types.default,
-        aten.alias.default,
-        aten.as_strided.default,
-        aten.detach.default,
-        aten.expand.default,
-        aten.permute.default,
-        aten.select.int,
-        aten.slice.Tensor,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        aten.squeeze.dim,
-        aten.t.default,
-        aten.transpose.int,
-        aten.unsqueeze.default,
-        aten.view.default,
-        aten.view.dtype,
-        aten._unsafe_view.default,
-    }
-)
-_OPERATIONS = frozenset(
-    {
-        aten._assert_async.msg,
-        aten._to_copy.default,
-        aten.add.Tensor,
-        aten.addmm.default,
-        aten.addmm_.default,
-        aten.cat.default,
-        aten.clone.default,
-        aten.copy_.default,
-        aten.fill_.Scalar,
-        aten.mm.default,
-        aten.mm.dtype,
-        aten.mm.out,
-        aten.mul.Tensor,
-        aten.new_zeros.default,
-        aten.sub.Tensor,
-        aten.sum.dim_IntList,
-        aten.zero_.default,
-    }
-)
-
-
-class _Operation(NamedTuple):
-    """An operation and its result."""
-
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    result: Any
-
-
-class _Buffer(NamedTuple):
-    """An allocation."""
-
-    tensor: torch.Tensor
-
-
-class _Watch(TorchDispatchMode):
-    """Writes down what a host function does; ``strange`` is the first thing that is not understood."""
-
-    def __init__(self, steps: list[Any]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.steps = steps
-        self.strange: str | None = None
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func in _BUFFERS:
-            self.steps.append(_Buffer(out))
-        elif func in _OPERATIONS:
-            self.steps.append(_Operation(func, args, kwargs, out))
-        elif func not in _VIEWS:
-            self.strange = self.strange or str(func)
-        return out
 
 
 class Plan:
@@ -130,84 +45,10 @@ class Plan:
         self.kept: Any = None
 
 
-class _Unknown(Exception):
-    """A recording has a tensor that comes from nowhere."""
-
-
-class _Place(NamedTuple):
-    """Where a tensor lies: in which origin, how many bytes behind its beginning."""
-
-    origin: int
-    offset: int
-
-
-class _Origins:
-    """The tensors that others lie in: arguments, then buffers and results as they are made.
-
-    What a function gets from torch.empty is another object than what the mode saw, on the same
-    storage; arguments are the objects they were, and several may share a storage.
-    """
-
-    def __init__(self, given: Tensors) -> None:
-        self.tensors: list[torch.Tensor | None] = list(given)
-        self.aliases: list[tuple[torch.Tensor, int]] = []
-
-    def alias(self, t: torch.Tensor, other: torch.Tensor) -> None:
-        self.aliases.append((t, self.place(other).origin))
-
-    def add(self, t: torch.Tensor) -> int:
-        self.tensors.append(t)
-        return len(self.tensors) - 1
-
-    def knows(self, t: torch.Tensor) -> bool:
-        return any(o is not None and _storage(o) == _storage(t) for o in self.tensors)
-
-    def place(self, t: torch.Tensor) -> _Place:
-        for at, other in enumerate(self.tensors):
-            if other is t:
-                return _Place(at, 0)
-        for other, at in self.aliases:
-            if _storage(other) == _storage(t):
-                return _Place(at, t.data_ptr() - other.data_ptr())
-        around = [
-            _Place(at, t.data_ptr() - other.data_ptr())
-            for at, other in enumerate(self.tensors)
-            if other is not None and _storage(other) == _storage(t)
-        ]
-        if len(around) > 1:  # arguments that are pieces of one tensor
-            around = [p for p in around if _inside(t, self.tensors[p.origin], p.offset)]
-        if len(around) != 1:
-            raise _Unknown
-        return around[0]
-
-
-def _storage(t: torch.Tensor) -> int:
-    return int(t.untyped_storage()._cdata)
-
-
-def _inside(t: torch.Tensor, whole: torch.Tensor | None, offset: int) -> bool:
-    """Whether the first and the last element of ``t`` are elements of ``whole``."""
-    assert whole is not None
-    if t.dtype != whole.dtype or offset < 0 or t.numel() == 0:
-        return False
-    first = offset // t.element_size()
-    last = first + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    return _element(first, whole) and _element(last, whole)
-
-
-def _element(at: int, of: torch.Tensor) -> bool:
-    """Whether the memory ``at`` elements behind the beginning is an element of a tensor."""
-    for stride, size in sorted(zip(of.stride(), of.shape, strict=True), reverse=True):
-        if stride and size > 1:
-            index = min(at // stride, size - 1)
-            at -= index * stride
-    return at == 0
-
-
 def record(host: Call, values: tuple[Any, ...], given: Tensors) -> tuple[Any, Plan | None]:
     """Run ``host(*values)``, whose tensors are ``given``; its results and its plan, if it has one."""
     steps: list[Any] = []
-    watch = _Watch(steps)
+    watch = Watch(steps)
     recorder.steps = steps
     try:
         with watch:
@@ -219,7 +60,7 @@ def record(host: Call, values: tuple[Any, ...], given: Tensors) -> tuple[Any, Pl
         return out, None
     try:
         return out, _Writer(device, given).plan(steps, out)
-    except _Unknown:
+    except Unknown:
         return out, None
 
 
@@ -228,13 +69,13 @@ class _Writer:
 
     def __init__(self, device: torch.device, given: Tensors) -> None:
         self.device, self.count = device, len(given)
-        self.origins = _Origins(given)
+        self.origins = Origins(given)
         self.new = _allocator(device)
 
     def plan(self, steps: list[Any], out: Any) -> Plan:
         """The plan of these steps with the results ``out``."""
-        writers = {
-            _Buffer: self._buffer, Launch: self._launch, _Operation: self._operation,
+        writers: dict[type, Call] = {
+            Buffer: self._buffer, Launch: self._launch, Operation: self._operation,
             Table: self._table,
         }  # fmt: skip
         conditions = [found for s in steps if type(s) is Condition if (found := self._check(s))]
@@ -254,10 +95,10 @@ class _Writer:
 
         return Plan(run, _presence(self.device), _all_of(conditions))
 
-    def _buffer(self, step: _Buffer) -> Call:
+    def _buffer(self, step: Buffer) -> Call:
         t, new = step.tensor, self.new
         if t.device != self.device:
-            raise _Unknown
+            raise Unknown
         self.origins.add(t)
         size, stride, dtype = tuple(t.shape), t.stride(), t.dtype
 
@@ -271,7 +112,7 @@ class _Writer:
     def _launch(self, step: Launch) -> Call:
         compiled = step.compiled
         if compiled is None:
-            raise _Unknown
+            raise Unknown
         places = [None if t is None else self.origins.place(t) for t in step.tensors]
         run, before = compiled.run, (*step.grid, 1)
         after = (compiled.function, compiled.packed_metadata, None, None, None)
@@ -287,10 +128,10 @@ class _Writer:
         # Behind what there is stand the addresses inside of it, and None.
         at = {p: i for i, p in enumerate(dict.fromkeys(p for p in places if p and p.offset))}
         inside, end = tuple(at), len(at)
-        chosen = [(True, p.origin) if p and not p.offset else (False, at.get(p, end))
-                  for p in places]  # fmt: skip
         total = len(self.origins.tensors)
-        choose = picker([i if direct else total + i for direct, i in chosen])
+        choose = picker([
+            total + end if p is None else total + at[p] if p.offset else p.origin for p in places
+        ])  # fmt: skip
 
         def launch_inside(tensors: list[Any], pointers: list[Any]) -> None:
             found = [*pointers, *[pointers[o] + offset for o, offset in inside], None]
@@ -298,7 +139,7 @@ class _Writer:
 
         return launch_inside
 
-    def _operation(self, step: _Operation) -> Call:
+    def _operation(self, step: Operation) -> Call:
         flat, spec = pytree.tree_flatten((step.args, step.kwargs))
         reads = [self._read(v) if isinstance(v, torch.Tensor) else None for v in flat]
         function, fresh = step.function._op, False
@@ -319,7 +160,7 @@ class _Writer:
             return self._product(step, reads, fresh)
         return operate
 
-    def _product(self, step: _Operation, reads: list[Any], fresh: bool) -> Call:
+    def _product(self, step: Operation, reads: list[Any], fresh: bool) -> Call:
         """A matrix product, which most of the time is the only operation there is."""
         left, right, *out = reads
         mm = torch.mm
@@ -361,7 +202,7 @@ class _Writer:
                 return None
             places.append(self.origins.place(t))
         if any(p.offset for p in places):
-            raise _Unknown
+            raise Unknown
         pick, check = picker([p.origin for p in places]), step.check
         return lambda tensors: check(*pick(tensors))
 
@@ -374,9 +215,7 @@ class _Writer:
                 pairs.append((other, at))
         if not pairs:
             return []
-        return [
-            lambda tensors: all([tensors[i].data_ptr() == tensors[j].data_ptr() for i, j in pairs])
-        ]
+        return [lambda ts: all(ts[i].data_ptr() == ts[j].data_ptr() for i, j in pairs)]
 
     def _read(self, t: torch.Tensor) -> Call:
         """A function that gives a tensor's counterpart among the origins."""
@@ -385,7 +224,7 @@ class _Writer:
         assert origin is not None
         at = place.origin
         if origin.dtype != t.dtype or place.offset % t.element_size():
-            raise _Unknown
+            raise Unknown
         if not place.offset and origin.shape == t.shape and origin.stride() == t.stride():
             return lambda tensors: tensors[at]
         size, stride, offset = tuple(t.shape), t.stride(), place.offset // t.element_size()
@@ -407,7 +246,7 @@ class _Writer:
 
     def _result(self, t: torch.Tensor) -> Call:
         if self.origins.place(t).origin < self.count:
-            raise _Unknown  # an argument handed back
+            raise Unknown  # an argument handed back
         return self._read(t)
 
     def _whole(self, t: torch.Tensor) -> int | None:
@@ -434,7 +273,7 @@ def _all_of(conditions: list[Call]) -> Call | None:
         return None
 
     def holds(tensors: list[Any]) -> bool:
-        for true in conditions:  # noqa: SIM110 - a generator costs more; later ones rely on earlier
+        for true in conditions:
             if not true(tensors):
                 return False
         return True

@@ -162,13 +162,15 @@ def _admission(kinds: list[str], device: str) -> Callable[[tuple[Any, ...]], boo
     def admissible(values: tuple[Any, ...]) -> bool:
         for value, kind in zip(values, kinds, strict=True):
             if isinstance(value, torch.Tensor):
-                if value.device.type != device or "Tensor" not in kind:
+                if "Tensor" not in kind:
                     return False
-            elif type(value) not in _TYPES.get(kind, (type(value),)):
+                given: Sequence[Any] = [value]
+            elif type(value) in _TYPES.get(kind, (type(value),)):
+                given = value if "List[" in kind and "Tensor" in kind else []
+            else:
                 return False
-            elif "List[" in kind and "Tensor" in kind:
-                if any(t is not None and t.device.type != device for t in value):
-                    return False
+            if any(t is not None and t.device.type != device for t in given):
+                return False
         return True
 
     return admissible
