@@ -65,6 +65,9 @@ _OPERATIONS = frozenset(
 )
 
 
+_KNOWN = _BUFFERS | _VIEWS | _OPERATIONS
+
+
 class Operation(NamedTuple):
     """An operation and its result."""
 
@@ -90,6 +93,10 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func not in _KNOWN and func._can_decompose():
+            # Below autograd the dispatcher shows what an operation is called, not what it consists of.
+            with self:
+                return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
         if func in _BUFFERS:
             self.steps.append(Buffer(out))

@@ -146,6 +146,17 @@ def test_a_plan_repeats_a_group_over_4_bits(monkeypatch: pytest.MonkeyPatch) -> 
         assert forward.calls == backward.calls == calls
 
 
+def test_a_plan_is_made_below_autograd() -> None:
+    """Where a compiled region runs, modes see composite operations whole."""
+    forward = _Counted(lora.device_fwd, "lora_group")
+    with torch._C._AutoDispatchBelowAutograd():
+        for seed in range(4):
+            case = Case.draw(seed, BF16, BF16, TWO).with_room()
+            given = _forward_args(case)
+            _same(forward.planned.call(*given), lora.device_fwd(*given))
+    assert forward.calls == 2
+
+
 def test_weights_elsewhere_take_the_host_function() -> None:
     """Weights with the strides of a buffer, but in memory of somebody else, are not written behind."""
     forward = _Counted(lora.device_fwd, "lora_group")
