@@ -326,3 +326,10 @@ def test_room_that_is_not_there_is_not_written() -> None:
 def test_weights_that_do_not_fit_together() -> None:
     with pytest.raises(ValueError, match="one width, dtype and device"):
         room.allocate([torch.ones(2, 3), torch.ones(2, 4)], room.needed(1, 1))
+
+
+def test_room_pays_for_16_bits_on_a_device() -> None:
+    """In float32 the library's product of x alone errs less than a longer one."""
+    device = torch.device("cuda")
+    assert room.serves(device, BF16) and room.serves(device, FP16)
+    assert not room.serves(device, FP32) and not room.serves(torch.device("cpu"), BF16)

@@ -45,7 +45,7 @@ def adapted_layers(model: Any) -> int:
 
 @pytest.mark.parametrize(("served", "dropout"), [(False, 0.0), (True, 0.1)], ids=["plain", "room"])
 def test_a_small_model(served: bool, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "serves", lambda device: served)
+    monkeypatch.setattr(room, "serves", lambda *_: served)
     batches = [models.batch(0)] * STEPS
     curves = []
     for optimized in (True, False):
