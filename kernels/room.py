@@ -107,9 +107,13 @@ class Roomy(NamedTuple):
         recording.condition((self.first,), lambda w: _KNOWN[w.data_ptr()].takes(layout))
 
 
-def serves(device: torch.device) -> bool:
-    """Whether the augmented product pays there: the reference has no use for it."""
-    return device.type == "cuda"
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the augmented product pays there: the reference has no use for it.
+
+    Nor has float32: its products are long beside the pass that adds an adapter to a result, and a
+    library that cuts the sum of K terms in parts may take K and the adapters' columns in one.
+    """
+    return device.type == "cuda" and dtype is not torch.float32
 
 
 def needed(columns: int, rows: int) -> Room:

@@ -333,6 +333,15 @@ def test_compiles_without_spills(target: str) -> None:
     assert_no_spills(__name__, target)
 
 
+@pytest.mark.parametrize("target", [t for t in TARGETS if t != "sm_75"])
+def test_sums_in_float32_stay_short(target: str) -> None:
+    """A tile's products are summed by themselves, which the compiler undoes if it may."""
+    compiled = [c for c in compile_launches(__name__) if c.target == target]
+    single = [c for c in compiled if "float32 torch.float32" in c.label]
+    assert {"left_products", "right_products"} <= {c.kernel for c in single}
+    assert not any(c.chained for c in single)
+
+
 def test_the_small_copies_compile_for_old_devices() -> None:
     compiled = [c for c in compile_launches(__name__) if c.target == "sm_75"]
     copies = [c for c in compiled if c.kernel == "small_copies"]

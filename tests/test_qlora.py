@@ -31,7 +31,7 @@ FORMS = {
 @pytest.fixture(params=[False, True], ids=["plain", "room"])
 def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the augmented product is used."""
-    monkeypatch.setattr(room, "serves", lambda device: request.param)
+    monkeypatch.setattr(room, "serves", lambda *_: request.param)
     return bool(request.param)
 
 
