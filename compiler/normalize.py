@@ -28,6 +28,31 @@ from fusewright.compiler.legality import mutations, storage_root
 
 aten = torch.ops.aten
 
+# torch's other names for one operator, of the same signature; pre-dispatch tracing keeps them apart.
+_OTHER_NAMES = {
+    aten.multiply.Tensor: aten.mul.Tensor,
+    aten.multiply.Scalar: aten.mul.Scalar,
+    aten.divide.Tensor: aten.div.Tensor,
+    aten.divide.Scalar: aten.div.Scalar,
+    aten.true_divide.Tensor: aten.div.Tensor,
+    aten.true_divide.Scalar: aten.div.Scalar,
+    aten.subtract.Tensor: aten.sub.Tensor,
+    aten.subtract.Scalar: aten.sub.Scalar,
+    aten.negative.default: aten.neg.default,
+    aten.absolute.default: aten.abs.default,
+    aten.clip.default: aten.clamp.default,
+    aten.concat.default: aten.cat.default,
+    aten.concatenate.default: aten.cat.default,
+    aten.swapaxes.default: aten.transpose.int,
+    aten.swapdims.default: aten.transpose.int,
+    aten.greater.Scalar: aten.gt.Scalar,
+    aten.greater.Tensor: aten.gt.Tensor,
+    aten.greater_equal.Scalar: aten.ge.Scalar,
+    aten.less.Scalar: aten.lt.Scalar,
+    aten.less.Tensor: aten.lt.Tensor,
+    aten.less_equal.Scalar: aten.le.Scalar,
+}
+
 _ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 _EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 
@@ -186,6 +211,8 @@ def _settle_constants(canonical: fx.GraphModule) -> None:
 
 def simplify(graph: fx.Graph) -> None:
     """Drop what changes nothing, and make equal casts and equal views of one value one node."""
+    for node in ir.calls(graph):
+        node.target = _OTHER_NAMES.get(node.target, node.target)
     _drop_identities(graph)
     written = {root for _, root in mutations(graph)}
     _merge_views(graph, written)
