@@ -70,6 +70,25 @@ def shape(node: fx.Node) -> tuple[Any, ...]:
     return tuple(_settled(s) for s in value(node).shape)
 
 
+def alike(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two operands of one pointwise call have the same shape.
+
+    Sizes that are other expressions (of a scan's halves put together, say) but had one number above one
+    when traced are the same: the call broadcasts neither, so the graph is guarded on their equality.
+    """
+    shapes = value(a).shape, value(b).shape
+    return len(shapes[0]) == len(shapes[1]) and all(
+        _settled(x) == _settled(y) or _guarded_equal(x, y) for x, y in zip(*shapes, strict=True)
+    )
+
+
+def _guarded_equal(x: Any, y: Any) -> bool:
+    try:
+        return bool(traced(x) == traced(y) > 1)
+    except KeyError:  # a size that depends on values has no number
+        return False
+
+
 def _settled(size: Any) -> Any:
     if isinstance(size, torch.SymInt):
         expression = size.node.expr

@@ -23,10 +23,35 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fusewright.compiler import ir
+from fusewright.compiler import batched, ir
 from fusewright.compiler.legality import mutations, storage_root
 
 aten = torch.ops.aten
+
+# torch's other names for one operator, of the same signature; pre-dispatch tracing keeps them apart.
+_OTHER_NAMES = {
+    aten.multiply.Tensor: aten.mul.Tensor,
+    aten.multiply.Scalar: aten.mul.Scalar,
+    aten.divide.Tensor: aten.div.Tensor,
+    aten.divide.Scalar: aten.div.Scalar,
+    aten.true_divide.Tensor: aten.div.Tensor,
+    aten.true_divide.Scalar: aten.div.Scalar,
+    aten.subtract.Tensor: aten.sub.Tensor,
+    aten.subtract.Scalar: aten.sub.Scalar,
+    aten.negative.default: aten.neg.default,
+    aten.absolute.default: aten.abs.default,
+    aten.clip.default: aten.clamp.default,
+    aten.concat.default: aten.cat.default,
+    aten.concatenate.default: aten.cat.default,
+    aten.swapaxes.default: aten.transpose.int,
+    aten.swapdims.default: aten.transpose.int,
+    aten.greater.Scalar: aten.gt.Scalar,
+    aten.greater.Tensor: aten.gt.Tensor,
+    aten.greater_equal.Scalar: aten.ge.Scalar,
+    aten.less.Scalar: aten.lt.Scalar,
+    aten.less.Tensor: aten.lt.Tensor,
+    aten.less_equal.Scalar: aten.le.Scalar,
+}
 
 _ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 _EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
@@ -47,6 +72,21 @@ class _Retrace(fx.Interpreter):
         super().__init__(gm)
         self.entered: list[torch.autocast] = []
         self.autocast_device: str | None = None
+        try:
+            self.mapped = batched.sections(gm.graph)
+        except batched.NotMapped as reason:
+            raise NotNormalizable(str(reason)) from reason
+        self.ahead: dict[fx.Node, Any] = {}
+
+    def run_node(self, node: fx.Node) -> Any:
+        section = self.mapped.get(node)
+        if section is not None:
+            values = [self.env[n] for n in section.inputs]
+            plain = batched.unmapped(section, values, self.module)
+            results = fx.Interpreter(plain).run(*values)
+            self.ahead = dict.fromkeys(section.nodes)
+            self.ahead.update(zip(section.outputs, results, strict=True))
+        return self.ahead[node] if node in self.ahead else super().run_node(node)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is _ENTER_AUTOCAST:
@@ -134,9 +174,6 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
     mode = next((e.fake_mode for e in examples if hasattr(e, "fake_mode")), None)
     if mode is None:
         raise NotNormalizable("the region reads no tensor")
-    if any("vmap" in getattr(n.target, "__name__", "") for n in gm.graph.nodes):
-        # Traced, it would leave batched tensors behind: in the graph, and in the code's own caches.
-        raise NotNormalizable("the region maps a function over a dimension (vmap)")
     # Dynamo's own tracing context must stay as it is: its guards are built from it afterwards.
     retrace = _Retrace(gm)
     try:
@@ -174,6 +211,8 @@ def _settle_constants(canonical: fx.GraphModule) -> None:
 
 def simplify(graph: fx.Graph) -> None:
     """Drop what changes nothing, and make equal casts and equal views of one value one node."""
+    for node in ir.calls(graph):
+        node.target = _OTHER_NAMES.get(node.target, node.target)
     _drop_identities(graph)
     written = {root for _, root in mutations(graph)}
     _merge_views(graph, written)

@@ -130,7 +130,7 @@ def _units(node: fx.Node) -> Iterator[Unit]:
     """The gated units that a product may be, the largest first."""
     if not ir.is_call(node, aten.mul.Tensor) or not ir.is_floating(node):
         return
-    if not all(ir.is_floating(s) and ir.shape(s) == ir.shape(node) for s in ir.operands(node)):
+    if not all(ir.is_floating(s) and ir.alike(s, node) for s in ir.operands(node)):
         return
     tried = set()
     for unit in _readings(node, frozenset()):
@@ -162,8 +162,8 @@ def _readings(product: fx.Node, leaves: frozenset[fx.Node]) -> Iterator[Unit]:
             continue
         # The gate is what is bent most, and of two alike the first.
         gate, up = sorted(sides.values(), key=lambda r: -_bend(r))
-        shapes = {ir.shape(r.root) for r in (gate, up)}
-        if not gate.is_linear and shapes == {ir.shape(product)}:
+        whole = all(ir.alike(r.root, product) for r in (gate, up))
+        if not gate.is_linear and whole:
             yield Unit(gate.scaled(constant), up, gate.nodes | up.nodes | inner)
 
 
@@ -188,7 +188,7 @@ def _factors(
         a, b = ir.operands(node)
         scalar = isinstance(b, (int, float)) and not isinstance(b, bool)
         tensors = [a] if scalar else [b, a]
-        if not all(ir.is_floating(t) and ir.shape(t) == ir.shape(product) for t in tensors):
+        if not all(ir.is_floating(t) and ir.alike(t, product) for t in tensors):
             factors.append(node)
             continue
         constant *= float(b) if scalar else 1.0

@@ -182,14 +182,84 @@ def test_a_weight_written_through_its_data_after_its_use_is_not_taken() -> None:
     assert match.candidate.params["weight"] is False
 
 
-def test_a_mapped_function_is_left_as_captured() -> None:
-    def mapped(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return torch.vmap(lambda row: row * torch.rsqrt(row.pow(2).mean(-1, True)) * w)(x)
+def _normed(row: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return row * torch.rsqrt(row.pow(2).mean(-1, keepdim=True) + 1e-6) * w
 
-    compiled = compile_one(mapped, strict=False)
-    x, w = rows(3, 2, 8), perturbed(8)
-    torch.testing.assert_close(compiled.run(x, w), mapped(x, w))
-    assert "vmap" in compiled.session.records[0].failure
+
+def test_a_mapped_function_becomes_plain_calls() -> None:
+    def mapped(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.vmap(lambda row: row.cumsum(0).sin(), in_dims=1, out_dims=1)(x) * _normed(x, w)
+
+    def twice(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        inner = torch.vmap(lambda row: row.cumsum(0) * w)
+        return _normed(torch.vmap(inner)(x), w)
+
+    for mapping in (mapped, twice):
+        compiled = check(mapping, [rows(3, 2, 8), perturbed(8)], {"rms_norm": 1})
+        (record,) = compiled.session.records
+        assert record.canonical is not None
+        assert not any("batch_dim" in str(n.target) for n in record.canonical.graph.nodes)
+
+
+def test_a_scan_over_the_tokens_is_written_out() -> None:
+    from torch._higher_order_ops.associative_scan import associative_scan
+
+    def step(left: Any, right: Any) -> Any:
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    def scanned(x: torch.Tensor, decay: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        _, state = associative_scan(step, (decay.sigmoid(), x), dim=1, combine_mode="generic")
+        return state * F.silu(_normed(x, w))
+
+    def eager(x: torch.Tensor, decay: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        state, states = torch.zeros_like(x[:, 0]), []
+        for at in range(x.shape[1]):
+            state = decay[:, at].sigmoid() * state + x[:, at]
+            states.append(state)
+        return torch.stack(states, 1) * F.silu(_normed(x, w))
+
+    compiled = compile_one(scanned)
+    inputs = [rows(2, 7, 8), rows(2, 7, 8), perturbed(8)]
+    results = []
+    for run in (compiled.run, eager):
+        out = run(*inputs)
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), inputs)])
+    torch.testing.assert_close(*results)
+    # The scan's length is another expression of the tokens' number, and the gate is found all the same.
+    assert compiled.ops == {"rms_norm": 1, "glu": 1}
+
+
+def test_what_a_mapped_function_may_not_do() -> None:
+    def drawing(x: torch.Tensor) -> torch.Tensor:
+        return torch.vmap(lambda row: row + torch.rand_like(row), randomness="different")(x)
+
+    def detached(x: torch.Tensor) -> torch.Tensor:
+        return torch.vmap(lambda row: row * row.detach())(x)
+
+    for mapping, reason in ((drawing, "random"), (detached, "detach")):
+        compiled = compile_one(mapping, strict=False)
+        x = rows(3, 2, 8)
+        torch.manual_seed(0)
+        ours = compiled.run(x)
+        torch.manual_seed(0)
+        expected = mapping(x)
+        torch.testing.assert_close(ours, expected)
+        both = (torch.autograd.grad(y.sum(), x)[0] for y in (ours, expected))
+        torch.testing.assert_close(*both)
+        (record,) = compiled.session.records
+        assert reason in record.failure
+
+
+def test_other_names_of_an_operator() -> None:
+    def named(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        inverse = torch.rsqrt(torch.multiply(x, x).mean(-1, keepdim=True) + 1e-6)
+        return torch.multiply(torch.multiply(x, inverse), w)
+
+    def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return torch.multiply(torch.true_divide(gate, 1 + torch.exp(torch.negative(gate))), up)
+
+    check(named, [rows(2, 8), perturbed(8)], {"rms_norm": 1})
+    check(gated, [rows(2, 8), rows(2, 8)], {"glu": 1})
 
 
 def test_a_random_draw_that_nobody_reads_still_moves_the_generator() -> None:

@@ -174,6 +174,10 @@ def packed_along_the_tokens(g, u):
     return F.silu(a) * b
 
 
+def one_gate_for_all_rows(g, u):
+    return F.silu(g[:, :1]) * u
+
+
 def packed_changed_in_place(g, u):
     both = torch.cat((g, u), dim=-1).detach()
     a, b = both.chunk(2, dim=-1)
@@ -212,12 +216,13 @@ LEFT_ALONE = [
     (up_changed_in_place_in_between, "glu", "legality: an input is changed in place at"),
     (without_gradient, "glu", "legality: gradients are switched off or on inside of it"),
     (activation_rounded, "glu", "proof: casting mode: value differs"),
-    (packed_along_the_tokens, "glu", None),
+    (one_gate_for_all_rows, "glu", None),
     (packed_changed_in_place, "glu", "legality: an input is changed in place"),
     (gate_changed_in_place_afterwards, "glu", "legality: an input is changed in place at"),
     (gate_wider_than_up, "glu", "grow: gate is torch.bfloat16, up torch.float32"),
 ]
 MATCHED_AS_WHAT_IT_IS = [
+    (packed_along_the_tokens, {"glu": 1}),  # two tensors, not the packed op's halves of a row
     (gate_and_up_swapped, {"glu": 1}),
     (both_sides_active, {"glu": 1}),
     (clamped_gate, {"glu": 1}),
