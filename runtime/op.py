@@ -128,6 +128,12 @@ def register_all() -> torch.library.Library:
     return library
 
 
+@functools.cache
+def cheap_ops() -> frozenset[str]:
+    """Names of the ops whose forward the backward may run again (``OpSpec.cheap``)."""
+    return frozenset(s.name for s in catalogue() if s.cheap and not s.forward_needs)
+
+
 def _planned(spec: OpSpec, name: str, which: int, device: str) -> Planned | None:
     """The host function with plans; None where it decides by values, such as how many rows count."""
     assert spec.triton is not None
