@@ -22,6 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.kernels.launcher import Launch, current_stream, hooked, recorder
+from fusewright.runtime.direct import direct
 from fusewright.runtime.rule import picker
 from fusewright.runtime.seen import POSSIBLE, Seen, admission, seen
 
@@ -184,14 +185,15 @@ def _presence(device: torch.device) -> Callable[[], bool] | None:
 
 
 def _launch(step: Launch, slots: _Slots) -> tuple[Any, ...]:
-    """A launch as (run, what comes before the stream, after it, a picker of pointers, the rest)."""
+    """A launch: (function, what comes before the stream, after it, pointers' picker, rest, packed)."""
     compiled = step.compiled
     if compiled is None:
         raise _Unknown
     pick = picker([slots.of(t) for t in step.tensors])
-    before = (*step.grid, 1)
-    after = (compiled.function, compiled.packed_metadata, None, None, None)
-    return compiled.run, before, after, pick, step.numbers + step.constants
+    rest = step.numbers + step.constants
+    fixed = (compiled.function, compiled.packed_metadata, None, None, None)
+    way = direct(compiled.run, fixed, len(step.tensors) + len(rest))
+    return way.launch, (*way.before, *step.grid, 1), way.after, pick, rest, way.packed
 
 
 def _assertion(step: _Assertion, slots: _Slots) -> Call:
@@ -230,8 +232,11 @@ def _repeat(device: torch.device, steps: list[Any], slots: _Slots, results: Call
         for at, offset in inside:
             pointers.append(pointers[at] + offset)
         stream = current_stream(index)
-        for launch, before, after, pick, rest in launches:
-            launch(*before, stream, *after, *pick(pointers), *rest)
+        for launch, before, after, pick, rest, packed in launches:
+            if packed:
+                launch(*before, stream, *after, pick(pointers) + rest)
+            else:
+                launch(*before, stream, *after, *pick(pointers), *rest)
         for check in assertions:  # of the last values: a buffer is written once
             check(buffers)
         return results(buffers)
