@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from fusewright.kernels.launcher import current_stream
 from fusewright.kernels.recording import Alias, Condition, Launch, Table, recorder
 from fusewright.kernels.room import reinterpret
+from fusewright.runtime.direct import direct
 from fusewright.runtime.origins import Origins, Unknown
 from fusewright.runtime.rule import picker
 from fusewright.runtime.watch import Buffer, Operation, Watch
@@ -114,30 +115,36 @@ class _Writer:
         if compiled is None:
             raise Unknown
         places = [None if t is None else self.origins.place(t) for t in step.tensors]
-        run, before = compiled.run, (*step.grid, 1)
-        after = (compiled.function, compiled.packed_metadata, None, None, None)
         rest = step.numbers + step.constants
-        index = -1 if self.device.index is None else self.device.index
-        if all(p is not None and not p.offset for p in places):
-            pick = picker([p.origin for p in places if p is not None])
-
-            def launch(tensors: list[Any], pointers: list[Any]) -> None:
-                run(*before, current_stream(index), *after, *pick(pointers), *rest)
-
-            return launch
+        fixed = (compiled.function, compiled.packed_metadata, None, None, None)
+        way = direct(compiled.run, fixed, len(places) + len(rest))
+        start, before, after, packed = (
+            way.launch,
+            (*way.before, *step.grid, 1),
+            way.after,
+            way.packed,
+        )
         # Behind what there is stand the addresses inside of it, and None.
         at = {p: i for i, p in enumerate(dict.fromkeys(p for p in places if p and p.offset))}
-        inside, end = tuple(at), len(at)
-        total = len(self.origins.tensors)
+        inside, total = tuple(at), len(self.origins.tensors)
+        whole = total + len(at)
         choose = picker([
-            total + end if p is None else total + at[p] if p.offset else p.origin for p in places
+            whole if p is None else total + at[p] if p.offset else p.origin for p in places
         ])  # fmt: skip
+        index = -1 if self.device.index is None else self.device.index
+        plain = not inside and None not in places
 
-        def launch_inside(tensors: list[Any], pointers: list[Any]) -> None:
-            found = [*pointers, *[pointers[o] + offset for o, offset in inside], None]
-            run(*before, current_stream(index), *after, *choose(found), *rest)
+        def launch(tensors: list[Any], pointers: list[Any]) -> None:
+            if plain:
+                found = choose(pointers)
+            else:
+                found = choose([*pointers, *[pointers[o] + d for o, d in inside], None])
+            if packed:
+                start(*before, current_stream(index), *after, found + rest)
+            else:
+                start(*before, current_stream(index), *after, *found, *rest)
 
-        return launch_inside
+        return launch
 
     def _operation(self, step: Operation) -> Call:
         flat, spec = pytree.tree_flatten((step.args, step.kwargs))

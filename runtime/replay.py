@@ -22,24 +22,15 @@ from fusewright.kernels.launcher import hooked
 from fusewright.kernels.recording import recorder
 from fusewright.runtime.recording import Plan, record
 from fusewright.runtime.rule import picker
+from fusewright.runtime.seen import POSSIBLE, Seen, admission, seen
 
 Call = Callable[..., Any]
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _MOST = 1024  # signatures remembered of one host function, before all are forgotten
+_RECENT, _LESSONS = 8, 64  # signatures that are asked first, and how often these may change
+_pointer = torch.Tensor.data_ptr
 _UNSEEN, _REFUSED = object(), object()
-_TYPES = {
-    "Tensor": (torch.Tensor,),
-    "Optional[Tensor]": (torch.Tensor, torch.nn.Parameter, type(None)),
-    "float": (float,),
-    "int": (int,),
-    "bool": (bool,),
-    "str": (str,),
-    "List[int]": (list, tuple),
-    "List[float]": (list, tuple),
-    "List[str]": (list, tuple),
-    "List[Tensor]": (list, tuple),
-    "List[Optional[Tensor]]": (list, tuple),
-}
+_NO_PLAN = (None, None, None)
 
 
 class Planned(NamedTuple):
@@ -65,7 +56,7 @@ def planned(host: Call, schema: Any, device: str = "cuda") -> Planned:
     at = tuple(i for i, k in enumerate(kinds) if "Tensor" in k)
     nested = any("List[" in kinds[i] for i in at)
     tensors_of = _flattened(at) if nested else picker(at)
-    look = _looker(known, kinds, at, tensors_of, _admission(kinds, device))
+    look = _looker(known, kinds, at, tensors_of, admission(kinds, device))
 
     def settle(found: tuple[Any, Any, Any], values: tuple[Any, ...]) -> Any:
         plan, tensors, rest = found
@@ -108,19 +99,69 @@ def _looker(
     known: dict[Any, Any], kinds: list[str], at: tuple[int, ...], tensors_of: Call, admissible: Call
 ) -> Callable[[tuple[Any, ...]], tuple[Any, Any, Any] | None]:
     """``Planned.look``: gives (plan, tensors, pointers), or without a plan the signature to learn."""
-    constants_of = picker([i for i in range(len(kinds)) if i not in at])
-    lists = any(k.startswith("List[") for i, k in enumerate(kinds) if i not in at)
-    counted = tuple(i for i in at if kinds[i].startswith("List["))
+    constants_of = _constants(kinds, at)
     modes = torch._C._len_torch_dispatch_stack
     transforms = torch._C._are_functorch_transforms_active
+    search = _searcher(known, admissible)
+    recent: tuple[Seen, ...] = ()
+    lessons = _LESSONS if POSSIBLE else 0
 
     def look(values: tuple[Any, ...]) -> tuple[Any, Any, Any] | None:
+        nonlocal recent, lessons
         if modes() or transforms():
             return None
+        tensors, constants = tensors_of(values), constants_of(values)
+        for plan, expected, present, agrees, gaps in recent:
+            if constants != expected or (gaps and any(tensors[i] is not None for i in gaps)):
+                continue
+            if agrees(*(there := present(tensors))):
+                pointers: list[int | None] = [*map(_pointer, there)]
+                bits = 0
+                for pointer in pointers:
+                    bits |= pointer  # type: ignore[operator]
+                if bits & 15 or 0 in pointers:
+                    break
+                for gap in gaps:
+                    pointers.insert(gap, None)
+                return _ready(plan, tensors, pointers)
+        out: tuple[Any, Any, Any] | None = search(values, tensors, constants)
+        if lessons and out is not None and out[0] is not None:
+            lessons -= 1
+            recent = (seen(out[0], tensors, constants), *recent)[:_RECENT]
+        return out
+
+    return look
+
+
+def _ready(plan: Plan, tensors: Sequence[Any], pointers: list[Any]) -> tuple[Any, Any, Any]:
+    """What ``look`` gives for a plan, which may not be for here and now."""
+    if hooked() or not (plan.here is None or plan.here()):
+        return _NO_PLAN
+    tensors = list(tensors)
+    if plan.holds is not None and not plan.holds(tensors):
+        return _NO_PLAN
+    return plan, tensors, pointers
+
+
+def _constants(kinds: list[str], at: tuple[int, ...]) -> Call:
+    """A function that takes what is no tensor of the arguments, lengths of lists of tensors included."""
+    constants_of = picker([i for i in range(len(kinds)) if i not in at])
+    lists = [i for i in at if kinds[i].startswith("List[")]
+    if not lists:
+        return constants_of
+    lists_of = picker(lists)
+    return lambda values: (*constants_of(values), *map(len, lists_of(values)))
+
+
+def _searcher(known: dict[Any, Any], admissible: Call) -> Call:
+    """``look`` by the whole signature, where neither modes nor transforms are active."""
+
+    def search(
+        values: tuple[Any, ...], tensors: Sequence[Any], constants: tuple[Any, ...]
+    ) -> tuple[Any, Any, Any] | None:
         bits = 0
-        signature: list[Any] = [len(values[i]) for i in counted]
+        signature: list[Any] = []
         pointers: list[int | None] = []
-        tensors = tensors_of(values)
         for t in tensors:
             if t is None:
                 signature.append(None)
@@ -134,46 +175,18 @@ def _looker(
             bits |= pointer
             pointers.append(pointer)
             signature += (t.shape, t.stride(), t.dtype, t.device)
-        constants = constants_of(values)
-        if lists:
-            constants = tuple([tuple(c) if type(c) is list else c for c in constants])
         try:
-            key = (*signature, *constants)
+            key = (*signature, *[tuple(c) if type(c) is list else c for c in constants])
             plan = known.get(key, _UNSEEN)
         except TypeError:  # a constant without a hash is none that a schema asks for
             return None
         if plan.__class__ is Plan:
-            if bits & 15 or hooked() or (plan.here is not None and not plan.here()):
-                return None, None, None
-            tensors = list(tensors)
-            if plan.holds is not None and not plan.holds(tensors):
-                return None, None, None
-            return plan, tensors, pointers
+            return _NO_PLAN if bits & 15 else _ready(plan, tensors, pointers)
         if not admissible(values):
             return None
         return None, tensors, None if plan is _REFUSED or bits & 15 else key
 
-    return look
-
-
-def _admission(kinds: list[str], device: str) -> Callable[[tuple[Any, ...]], bool]:
-    """Whether arguments are what a dispatcher would bring to the host function unconverted."""
-
-    def admissible(values: tuple[Any, ...]) -> bool:
-        for value, kind in zip(values, kinds, strict=True):
-            if isinstance(value, torch.Tensor):
-                if "Tensor" not in kind:
-                    return False
-                given: Sequence[Any] = [value]
-            elif type(value) in _TYPES.get(kind, (type(value),)):
-                given = value if "List[" in kind and "Tensor" in kind else []
-            else:
-                return False
-            if any(t is not None and t.device.type != device for t in given):
-                return False
-        return True
-
-    return admissible
+    return search
 
 
 def _record(

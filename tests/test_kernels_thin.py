@@ -272,6 +272,7 @@ def test_large_shapes(shape: tuple[int, int, int], dtypes: tuple[torch.dtype, to
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_offsets_past_2_to_the_31() -> None:
     m = torch.randn(2**17 + 8, 16448, device="cuda", dtype=BF16)
     v, u = (torch.randn(n, 8, device="cuda", dtype=BF16) for n in (16448, m.shape[0]))

@@ -131,7 +131,7 @@ def _quantised(seed: int, nested_code: torch.Tensor) -> tuple[Any, ...]:
 
 def test_a_plan_repeats_a_group_over_4_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dequantised into scratch memory that is another one each time."""
-    monkeypatch.setattr(room, "serves", lambda device: True)
+    monkeypatch.setattr(room, "serves", lambda *_: True)
     forward = _Counted(qlora.triton_fwd, "lora_group_4bit")
     backward = _Counted(qlora.triton_bwd, "lora_group_4bit_backward")
     nested_code, alive = torch.linspace(0, 1, 256), []

@@ -123,6 +123,24 @@ def test_other_pointers_and_shapes_take_the_host_function(ops: Any) -> None:
         assert CALLS["activation"] == before
 
 
+def test_many_signatures_in_turn(ops: Any) -> None:
+    """More of them than are asked first: shapes, strides, an absent weight, gradients, constants."""
+    cases = [(n, w, grad) for n in (8, 16, 24) for w in (False, True) for grad in (False, True)]
+    for turn in range(5):
+        for width, weighted, grad in cases:
+            for eps in (1e-6, 0.5):
+                x = _new(2, 5, width + 4)[..., :width] if width == 24 else _new(2, 5, width)
+                x.requires_grad_(grad)
+                w = _new(width) if weighted else None
+                before = CALLS["rms_norm"]
+                y = ops.rms_norm(x, w, eps, 0.0, "output", F32)[0]
+                assert y.requires_grad == grad
+                # two calls of each signature, of which requires_grad is none, teach it
+                assert CALLS["rms_norm"] - before == (turn == 0)
+                expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+                torch.testing.assert_close(y, expected if w is None else expected * w)
+
+
 def test_strided_rows_are_copied_by_the_plan_too(ops: Any) -> None:
     for _ in range(4):
         x = _new(4, 3, 8).permute(1, 0, 2)[:, ::2]
