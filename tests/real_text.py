@@ -52,6 +52,12 @@ class Bytes(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
+def batch(seed: int = 0, rows: int = 2) -> dict[str, torch.Tensor]:
+    """Some rows of :class:`Bytes`, stacked."""
+    data = Bytes(rows, offset=4 * seed)
+    return {name: torch.stack([row[name] for row in data]) for name in data[0]}
+
+
 def model(name: str = "llama", **overrides: Any) -> Any:
     """A tiny model over bytes."""
     return models.build(name, vocab_size=VOCAB, **overrides)
