@@ -1,5 +1,6 @@
 # make demo    train a small language model, eager and optimised side by side
 # make test    the whole CPU suite          (make test ARGS="-k parity")
+# make test-gpu  the tests that need a GPU, on a machine with one
 # make lint    ruff, mypy, import-linter
 # make bench   the parity table of docs/parity.md, and the training step on this CPU
 # make zoo     train every language model type of transformers, against eager: docs/zoo.md
@@ -19,7 +20,7 @@ export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_VERBOSITY := error
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test lint bench zoo clean
+.PHONY: help demo test test-gpu lint bench zoo clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -29,6 +30,9 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.dev
 	.ci/run $(ARGS)
+
+test-gpu: $(VENV)/.dev
+	bash tests/gpu.sh $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,23 +1,27 @@
 """Gated linear units, the losses and 4-bit dequantisation on a GPU, beside their peers.
 
-    python bench/bench_kernels_glu_loss.py results.json [--quick]
+    python bench/bench_kernels_glu_loss.py results.json [--quick | --dry]
 
 One process, random data, every input larger than the L2 cache. "copy" is the share of the device's
 copy bandwidth, measured in the same run, that the bytes a kernel has to move amount to; for the
 chunked head "gemm" is its time over that of the bare GEMMs. Errors are root mean squares against
-float64, relative to its size: ours over eager's. Peers that cannot be imported are left out.
+float64, relative to its size. Peers that cannot be imported are left out. ``--dry`` makes every
+step at tiny shapes, and needs no GPU: then kernels run in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
+import head_bench
+import place
 import torch
 import torch.nn.functional as F
+from measured import BF16, COLUMNS, FORM, PLAIN, ROWS, late, liger, random, record
+from place import DEVICE
 from roofline import (
     copy_bandwidth,
     host_microseconds,
@@ -27,50 +31,11 @@ from roofline import (
     table,
 )
 
-from fusewright.kernels import linear_cross_entropy as head
-from fusewright.kernels.cross_entropy import LossForm
-from fusewright.kernels.cross_entropy_launch import launch_in_place
-from fusewright.kernels.head_gradients import matmul_wide
-from fusewright.kernels.linear_cross_entropy import chunk_rows
+from fusewright.kernels import nf4
 from fusewright.runtime.op import register_all
 
 register_all()
 OPS = torch.ops.fusewright
-BF16 = torch.bfloat16
-PLAIN = (0.0, 0.0, 1.0, 0.0)  # label smoothing, softcap, scale, z-loss
-FORM = (-100, "mean", *PLAIN)
-COLUMNS = (
-    "op", "shape", "pass", "ms", "copy", "gemm", "eager ms", "compile ms", "liger ms", "peak MiB",
-    "error", "eager error",
-)  # fmt: skip
-ROWS: list[dict[str, Any]] = []
-DEADLINE = time.monotonic() + 125
-
-
-def late() -> bool:
-    """Whether the peers have to be left out so that the run ends in time."""
-    return time.monotonic() > DEADLINE
-
-
-def liger() -> Any:
-    """Liger's functional interface, or None."""
-    try:
-        from liger_kernel.transformers import functional
-    except ImportError:
-        return None
-    return functional
-
-
-def random(*shape: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> torch.Tensor:
-    """Normal numbers on the GPU."""
-    return torch.randn(shape, device="cuda", dtype=dtype) * scale
-
-
-def record(op: str, shape: tuple[int, ...], direction: str, ms: float, **more: Any) -> None:
-    """Keep a measurement and show that it was made."""
-    row = {"op": op, "shape": "x".join(map(str, shape)), "pass": direction, "ms": ms, **more}
-    ROWS.append(row)
-    print(json.dumps(row), flush=True)
 
 
 def glu_errors(activation: Any, name: str) -> dict[str, tuple[float, float]]:
@@ -104,7 +69,7 @@ def bench_glu(copy: float, shapes: list[tuple[int, int]], peers: bool) -> None:
             "backward": lambda d=dy, g=gate, u=up: OPS.glu_backward(d, g, u, "silu", True, True),
         }
         rivals = {"eager ms": lambda g, u: F.silu(g) * u}
-        if peers and at == 0 and not late():
+        if peers and at == 0 and place.ON_GPU and not late():
             rivals["compile ms"] = torch.compile(lambda g, u: F.silu(g) * u)
             if liger() is not None:
                 rivals["liger ms"] = liger().liger_swiglu
@@ -122,42 +87,76 @@ def bench_glu(copy: float, shapes: list[tuple[int, int]], peers: bool) -> None:
             mine, eager = errors[direction]
             record(
                 "glu", shape, direction, ms, copy=tensors * size / ms / copy,
-                **theirs[direction], error=mine, **{"eager error": eager},
+                **theirs[direction], error=mine,
+                **{"eager error": eager, "peak MiB": peak_mebibytes(ours[direction])},
             )  # fmt: skip
 
 
 def bench_packed(copy: float, shape: tuple[int, int]) -> None:
-    """One tensor that holds both: halves with gelu_tanh, interleaved pairs with the clamped form."""
-    both, dy = random(shape[0], 2 * shape[1]), random(*shape)
-    size = dy.numel() * 2
+    """One tensor that holds both: halves with gelu and gelu_tanh, interleaved, the clamped form."""
     clamped = (1.702, 7.0, True, True)
-    for name, forward, backward in (
-        (
-            "glu_packed gelu_tanh",
-            lambda: OPS.glu_packed(both, "gelu_tanh", True, False, BF16),
-            lambda: OPS.glu_packed_backward(dy, both, "gelu_tanh", True, False, True),
-        ),
-        (
-            "glu_packed gelu",
-            lambda: OPS.glu_packed(both, "gelu", True, False, BF16),
-            lambda: OPS.glu_packed_backward(dy, both, "gelu", True, False, True),
-        ),
-        (
-            "glu_clamped_packed interleaved",
-            lambda: OPS.glu_clamped_packed(both, *clamped, BF16),
-            lambda: OPS.glu_clamped_packed_backward(dy, both, *clamped, True),
-        ),
-    ):
-        for direction, run, tensors in (("forward", forward, 3), ("backward", backward, 5)):
-            ms = milliseconds(run)
-            record(name, shape, direction, ms, copy=tensors * size / ms / copy)
-    ms = milliseconds(lambda: OPS.activation(both, "relu2", BF16))
-    record("activation relu2", tuple(both.shape), "forward", ms, copy=4 * size / ms / copy)
+
+    def bounded(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+    def halves(function: Any) -> Any:
+        return lambda both: function(*both.chunk(2, -1))
+
+    for op, backward, form, eager in (
+        (OPS.glu_packed, OPS.glu_packed_backward, ("gelu_tanh", True, False),
+         halves(lambda g, u: F.gelu(g, approximate="tanh") * u)),
+        (OPS.glu_packed, OPS.glu_packed_backward, ("gelu", True, False),
+         halves(lambda g, u: F.gelu(g) * u)),
+        (OPS.glu_clamped_packed, OPS.glu_clamped_packed_backward, clamped,
+         lambda both: bounded(both[..., ::2], both[..., 1::2])),
+    ):  # fmt: skip
+        name = f"{op.__name__} {form[0] if isinstance(form[0], str) else 'interleaved'}"
+        pair(copy, name, shape, 2, lambda b, op=op, form=form: op(b, *form, BF16),
+             lambda d, b, back=backward, form=form: back(d, b, *form, True), eager)  # fmt: skip
+    pair(copy, "activation relu2", shape, 1, lambda x: OPS.activation(x, "relu2", BF16),
+         lambda d, x: OPS.activation_backward(d, x, "relu2", True), lambda x: F.relu(x).square())  # fmt: skip
 
 
-def loss_errors() -> dict[str, tuple[float, float]]:
+def pair(
+    copy: float,
+    name: str,
+    shape: tuple[int, int],
+    wide: int,
+    forward: Any,
+    backward: Any,
+    eager: Any,
+) -> None:
+    """Both directions of an op of one tensor, ``wide`` times as wide as its result, beside eager."""
+    x, dy = random(shape[0], wide * shape[1]), random(*shape)
+    small, dsmall = random(min(512, shape[0]), wide * min(2048, shape[1])), None
+    found = []
+    for f, dtype in ((forward, BF16), (eager, BF16), (eager, torch.float64)):
+        leaf = small.to(dtype).requires_grad_()
+        y = f(leaf)
+        dsmall = torch.randn_like(y) if dsmall is None else dsmall
+        found.append((y.detach(), torch.autograd.grad(y, leaf, dsmall.to(dtype))[0]))
+    leaf = x.detach().requires_grad_()
+    y = eager(leaf)
+    theirs = (
+        milliseconds(lambda: eager(leaf)),
+        milliseconds(lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True)),
+    )
+    for at, (direction, run, tensors) in enumerate((
+        ("forward", lambda: forward(x), wide + 1),
+        ("backward", lambda: backward(dy, x), 2 * wide + 1),
+    )):  # fmt: skip
+        ms = milliseconds(run)
+        mine, rival = (root_mean_square(f[at], found[2][at]) for f in found[:2])
+        more = {"eager ms": theirs[at], "peak MiB": peak_mebibytes(run), "eager error": rival}
+        moved = tensors * dy.numel() * 2
+        record(name, shape, direction, ms, copy=moved / ms / copy, error=mine, **more)
+
+
+def loss_errors(vocab: int) -> dict[str, tuple[float, float]]:
     """(ours, eager's) of the rows' losses and of d(logits), on a small problem."""
-    logits, labels = random(256, 32000, scale=3.0), torch.randint(32000, (256,), device="cuda")
+    logits = random(256, vocab, scale=3.0)
+    labels = torch.randint(vocab, (256,), device=DEVICE)
     results = []
     for f, dtype in (
         (lambda t: OPS.cross_entropy(t, labels, -100, "none", *PLAIN)[0], BF16),
@@ -176,15 +175,15 @@ def loss_errors() -> dict[str, tuple[float, float]]:
 
 def bench_cross_entropy(copy: float, rows: int, vocab: int, peers: bool) -> None:
     """Forward and backward over bfloat16 logits, and the peers' sum of both."""
-    logits, labels = random(rows, vocab), torch.randint(vocab, (rows,), device="cuda")
-    size, one = logits.numel() * 2, torch.ones((), device="cuda")
+    logits, labels = random(rows, vocab), torch.randint(vocab, (rows,), device=DEVICE)
+    size, one = logits.numel() * 2, torch.ones((), device=DEVICE)
     saved = OPS.cross_entropy(logits, labels, *FORM)[1:]
     forward = milliseconds(lambda: OPS.cross_entropy(logits, labels, *FORM))
     backward = milliseconds(
         lambda: OPS.cross_entropy_backward(one, logits, labels, *saved, *FORM, True)
     )
     rivals = {"eager ms": lambda x, y: F.cross_entropy(x.float(), y)}
-    if peers and not late():
+    if peers and place.ON_GPU and not late():
         rivals["compile ms"] = torch.compile(lambda x, y: F.cross_entropy(x.float(), y))
         if liger() is not None:  # it writes over its input: the copy is ours to grant
             rivals["liger ms"] = lambda x, y: liger().liger_cross_entropy(x.clone(), y)
@@ -195,112 +194,18 @@ def bench_cross_entropy(copy: float, rows: int, vocab: int, peers: bool) -> None
         )
         for name, f in rivals.items()
     }
-    errors = loss_errors()
+    errors = loss_errors(min(vocab, 32000))
     for direction, ms, tensors in (("forward", forward, 1), ("backward", backward, 2)):
         mine, eager = errors[direction]
         record("cross_entropy", (rows, vocab), direction, ms, copy=tensors * size / ms / copy,
                error=mine, **{"eager error": eager})  # fmt: skip
     both = forward + backward
-    record("cross_entropy", (rows, vocab), "both", both, copy=3 * size / both / copy, **theirs)
 
+    def step() -> Any:
+        return torch.autograd.grad(OPS.cross_entropy(leaf, labels, *FORM)[0], leaf)
 
-def gemm_floors(x: torch.Tensor, weight: torch.Tensor) -> tuple[float, float, float]:
-    """Milliseconds of logits, dx and dW as one bare bfloat16 GEMM each."""
-    logits = x @ weight.t()
-    return (
-        milliseconds(lambda: x @ weight.t(), repeats=7, warmup=2),
-        milliseconds(lambda: logits @ weight, repeats=7, warmup=2),
-        milliseconds(lambda: logits.t() @ x, repeats=7, warmup=2),
-    )
-
-
-def bench_chunk(x: torch.Tensor, weight: torch.Tensor, trained: bool) -> None:
-    """The GEMMs of one chunk in the dtypes of their results, and the kernel between them."""
-    (rows, hidden), vocab = x.shape, weight.shape[0]
-    step = min(rows, chunk_rows(rows, vocab, 2, trained))
-    rows_x, part = x[:step], x.new_empty(step, vocab)
-    wide = torch.zeros(vocab, hidden, dtype=torch.float32, device="cuda")
-    losses = torch.empty(step, dtype=torch.float64, device="cuda")
-    labels = torch.randint(vocab, (step,), device="cuda")
-    form = LossForm(-100, *PLAIN)
-    for name, run in {
-        "GEMM logits": lambda: torch.mm(rows_x, weight.t(), out=part),
-        "kernel in place": lambda: launch_in_place(part, labels, losses, form, 1.0, True),
-        "GEMM dx": lambda: torch.mm(part, weight),
-        "GEMM dx float32": lambda: torch.mm(part, weight, out_dtype=torch.float32),
-        "GEMM dW": lambda: torch.mm(part.t(), rows_x),
-        "GEMM dW float32": lambda: matmul_wide(wide, part.t(), rows_x, add=False),
-        "GEMM dW += float32": lambda: matmul_wide(wide, part.t(), rows_x, add=True),
-    }.items():
-        ms = milliseconds(run, repeats=7, warmup=2)
-        record(name, (step, hidden, vocab), "chunk", ms)
-
-
-def bench_linear(rows: int, hidden: int, vocab: int, trained: bool, peers: bool) -> None:
-    """The chunked head and loss over the bare GEMMs that it cannot do without."""
-    x, weight = random(rows, hidden), random(vocab, hidden, scale=0.02)
-    labels = torch.randint(vocab, (rows,), device="cuda")
-    floors = gemm_floors(x, weight)
-    floor = sum(floors) if trained else floors[0] + floors[1]
-    for part, ms in zip(("logits", "dx", "dW"), floors, strict=True):
-        record("GEMM " + part, (rows, hidden, vocab), "whole", ms)
-    bench_chunk(x, weight, trained)
-    needs = (True, trained, False)
-
-    def forward() -> Any:
-        return OPS.linear_cross_entropy_forward(x, weight, None, labels, None, *FORM, *needs)
-
-    ms = milliseconds(forward, repeats=5, warmup=2)
-    peak = peak_mebibytes(forward)
-    held = (x.numel() + (weight.numel() if trained else 0)) * 4 / 2**20
-    saved, one = forward()[1:], torch.ones((), device="cuda")
-    back = milliseconds(
-        lambda: OPS.linear_cross_entropy_backward(one, *saved, BF16, *needs), repeats=5
-    )
-    name, shape = "head+loss " + ("trained" if trained else "frozen"), (rows, hidden, vocab)
-    record(name, shape, "forward", ms, gemm=ms / floor, **{"peak MiB": peak})
-    record(name, shape, "less dx dW", 0.0, **{"peak MiB": peak - held})
-    chosen = head.SCRATCH_BYTES
-    for factor in (0.5, 2.0):
-        head.SCRATCH_BYTES = int(factor * chosen)
-        rows_ = min(rows, chunk_rows(rows, vocab, 2, trained))
-        other = milliseconds(forward, repeats=3, warmup=1)
-        record(name, shape, f"in chunks of {rows_}", other, gemm=other / floor)
-    head.SCRATCH_BYTES = chosen
-    record(name, shape, "backward", back)
-    theirs: dict[str, float] = {}
-    if peers and liger() is not None and not late():
-        leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_(trained)]
-        wanted = leaves if trained else leaves[:1]
-        theirs["liger ms"] = milliseconds(
-            lambda: torch.autograd.grad(
-                liger().liger_fused_linear_cross_entropy(*leaves, labels), wanted
-            ),
-            repeats=3,
-            warmup=1,
-        )
-    record(name, shape, "both", ms + back, gemm=(ms + back) / floor, **theirs)
-
-
-def linear_errors() -> None:
-    """The chunked head against float64, beside eager, over several chunks."""
-    rows, hidden, vocab = 5000, 512, 8000
-    x, weight = random(rows, hidden), random(vocab, hidden, scale=0.1)
-    labels = torch.randint(vocab, (rows,), device="cuda")
-    results = []
-    for ours, dtype in ((True, BF16), (False, BF16), (False, torch.float64)):
-        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
-        if ours:
-            loss = OPS.linear_cross_entropy(*leaves, None, labels, None, -100, "mean", *PLAIN)[0]
-        else:
-            logits = F.linear(*leaves)
-            wide = logits if dtype is torch.float64 else logits.float()
-            loss = F.cross_entropy(wide, labels)
-        results.append((loss.detach(), *torch.autograd.grad(loss / 3.0, leaves)))
-    for name, mine, eager, oracle in zip(("loss", "dx", "dweight"), *results, strict=True):
-        record("linear_cross_entropy", (rows, hidden, vocab), name, 0.0,
-               error=root_mean_square(mine, oracle),
-               **{"eager error": root_mean_square(eager, oracle)})  # fmt: skip
+    record("cross_entropy", (rows, vocab), "both", both, copy=3 * size / both / copy, **theirs,
+           **{"peak MiB": peak_mebibytes(step)})  # fmt: skip
 
 
 def bench_nf4(copy: float, shape: tuple[int, int]) -> None:
@@ -310,7 +215,7 @@ def bench_nf4(copy: float, shape: tuple[int, int]) -> None:
     blocks = elements // 64
 
     def bytes_(n: int) -> torch.Tensor:
-        return torch.randint(256, (n,), dtype=torch.uint8, device="cuda")
+        return torch.randint(256, (n,), dtype=torch.uint8, device=DEVICE)
 
     tensors = (
         bytes_(elements // 2), bytes_(blocks), random(16, dtype=torch.float32),
@@ -322,14 +227,18 @@ def bench_nf4(copy: float, shape: tuple[int, int]) -> None:
         args = (*tensors, rows, columns, 64, 256, stride, BF16)
         ms = milliseconds(lambda a=args: OPS.nf4_dequantize(*a))
         name = "nf4_dequantize" + (" wide" if stride else "")
-        record(name, shape, "forward", ms, copy=moved / ms / copy)
+        plain = nf4.reference_fwd(*args)
+        error = root_mean_square(OPS.nf4_dequantize(*args), plain)  # bit for bit: zero
+        more = {"eager ms": milliseconds(lambda a=args: nf4.reference_fwd(*a), repeats=5)}
+        more["peak MiB"] = peak_mebibytes(lambda a=args: OPS.nf4_dequantize(*a))
+        record(name, shape, "forward", ms, copy=moved / ms / copy, error=error, **more)
 
 
 def bench_host() -> None:
     """Microseconds of the host for one forward with grad."""
     small = random(64, 256).requires_grad_()
     both = random(64, 512).requires_grad_()
-    labels = torch.randint(256, (64,), device="cuda")
+    labels = torch.randint(256, (64,), device=DEVICE)
     for name, run in (
         ("glu", lambda: OPS.glu(small, small, "silu", BF16)),
         ("glu_packed", lambda: OPS.glu_packed(both, "silu", True, False, BF16)),
@@ -340,34 +249,52 @@ def bench_host() -> None:
         record("host us", (), name, host_microseconds(run))
 
 
+TINY = {
+    "glu": [(64, 96)],
+    "packed": (64, 96),
+    "losses": [(8, 300)],
+    "nf4": [(32, 64)],
+    "head": (64, 32, 300),
+}
+FULL = {
+    "glu": [(16384, 14336), (4096, 14336), (16384, 8192), (8192, 11008), (65536, 4864)],
+    "packed": (16384, 14336),
+    "losses": [(16384, 128256), (16384, 32000), (4096, 151936), (4096, 262144), (4096, 50257)],
+    "nf4": [(14336, 4096), (28672, 8192)],
+    "head": (16384, 4096, 128256),
+}
+
+
 def main() -> None:
     """Measure everything, print a table and write the numbers."""
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("json", type=Path)
-    arguments.add_argument("--quick", action="store_true", help="one shape of each, no peers")
-    options = arguments.parse_args()
-    quick = options.quick
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="one shape of each, no peers")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes; needs no GPU")
+    options = parser.parse_args()
+    if not (place.ON_GPU or options.dry):
+        parser.error("there is no GPU; --dry needs none")
+    quick, shapes = options.quick, TINY if options.dry else FULL
+    most = 1 if quick else None
     torch.manual_seed(0)
     copy = copy_bandwidth()
-    print(f"{torch.cuda.get_device_name()}: copy {copy / 1e9:.2f} TB/s", flush=True)
+    print(f"{place.name()}: copy {copy / 1e9:.2f} TB/s", flush=True)
     bench_host()
-    wide = [(16384, 14336), (4096, 14336), (16384, 8192), (8192, 11008), (65536, 4864)]
-    bench_glu(copy, wide[:1] if quick else wide, not quick)
-    bench_packed(copy, (16384, 14336))
-    vocabularies = [(16384, 128256), (16384, 32000), (4096, 151936), (4096, 262144), (4096, 50257)]
-    for at, (rows, vocab) in enumerate(vocabularies[:1] if quick else vocabularies):
+    bench_glu(copy, shapes["glu"][:most], not quick)
+    bench_packed(copy, shapes["packed"])
+    for at, (rows, vocab) in enumerate(shapes["losses"][:most]):
         bench_cross_entropy(copy, rows, vocab, not quick and at == 0)
-    bench_nf4(copy, (14336, 4096))
-    bench_nf4(copy, (28672, 8192))
-    linear_errors()
+    for shape in shapes["nf4"]:
+        bench_nf4(copy, shape)
+    head_bench.linear_errors(*((100, 32, 300) if options.dry else (5000, 512, 8000)))
     for trained in (False, True):
-        bench_linear(16384, 4096, 128256, trained, not quick)
+        head_bench.bench_linear(*shapes["head"], trained, not quick)
     again = copy_bandwidth()
-    print(table(ROWS, COLUMNS))
+    print(table([r for r in ROWS if r["pass"] != "chunk"], COLUMNS))
     print(f"copy {copy / 1e9:.2f} TB/s at the start, {again / 1e9:.2f} at the end")
-    record_ = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    record_ |= {"copy_bytes_per_ms": copy, "rows": ROWS}
-    options.json.write_text(json.dumps(record_, indent=1))
+    found = {"device": place.name(), "torch": torch.__version__}
+    found |= {"copy_bytes_per_ms": copy, "rows": ROWS}
+    options.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# The peers' packages for a GPU machine that cannot reach a registry, as site folders under .carry/:
+# The peers' and the tests' packages for a GPU machine that cannot reach a registry, as site folders under .carry/:
 #
 #   liger/      Liger-Kernel                                     PEERS liger, layers+ligerflce
 #   cce/        cut-cross-entropy                                PEERS cce
 #   bnb/        bitsandbytes, its CUDA 13 and CPU libraries      workload W4
+#   xdist/      pytest-xdist, execnet, pytest-timeout            tests/gpu.sh
 #   unsloth/    site.tgz: Unsloth and what it imports            PEERS unsloth
 #
 # bench_step.py puts a folder on the path of those processes alone that need it. The versions are the
 # ones that docs and results name; torch, triton, transformers, peft and accelerate are expected on
-# the GPU machine. Usage, from the repository: bash bench/carry.sh [liger cce bnb unsloth]
+# the GPU machine. Usage, from the repository: bash bench/carry.sh [liger cce bnb xdist unsloth]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PIP="${PYTHON:-python3} -m pip"
@@ -19,6 +20,7 @@ FOR+=(--platform manylinux2014_x86_64)
 LIGER=(liger_kernel==0.8.5)
 CCE=(cut_cross_entropy==25.1.1)
 BNB=(bitsandbytes==0.50.2)
+XDIST=(pytest_xdist==3.8.0 execnet==2.1.2 pytest_timeout==2.4.0)
 UNSLOTH=(
   annotated_types==0.8.0 cut_cross_entropy==25.1.1 datasets==4.8.5 diffusers==0.42.1 dill==0.4.1
   docstring_parser==0.18.0 hf_transfer==0.1.9 json5==0.17.3 msgspec==0.22.0 multiprocess==0.70.19
@@ -37,10 +39,11 @@ site() {  # FOLDER REQUIREMENT...: the folder as pip leaves it for Python 3.12
 }
 
 mkdir -p .carry
-for peer in ${*:-liger cce bnb unsloth}; do
+for peer in ${*:-liger cce bnb xdist unsloth}; do
   case "$peer" in
     liger) site .carry/liger "${LIGER[@]}" ;;
     cce) site .carry/cce "${CCE[@]}" ;;
+    xdist) site .carry/xdist "${XDIST[@]}" ;;
     bnb)
       site .carry/bnb "${BNB[@]}"
       find .carry/bnb/bitsandbytes -name 'libbitsandbytes_*' \

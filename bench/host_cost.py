@@ -77,24 +77,28 @@ def cases(device: str) -> list[Case]:
     ]
 
 
-def timed(call: Callable[[], Any], calls: int = 1000, repeats: int = 7) -> float:
-    """Microseconds of a call, the best of some runs; a GPU is never behind by more than a run."""
+def timed(calls: list[Callable[[], Any]], repeats: int = 200, rounds: int = 24) -> list[float]:
+    """Microseconds of each call, the best of some rounds; in a round each has its turn.
+
+    A machine that is slow for a while is slow for all of them. A GPU is never behind by more than a
+    turn.
+    """
     on_gpu = torch.cuda.is_available()
     # without a GPU nobody is waited for: the process's own time is what others cannot lengthen
     wait, now = (torch.cuda.synchronize, time.perf_counter) if on_gpu else (int, time.process_time)
-    for _ in range(50):
-        call()
-    best = float("inf")
+    best = [float("inf")] * len(calls)
     gc.collect()
     gc.disable()
-    for _ in range(repeats):
-        wait()
-        started = now()
-        for _ in range(calls):
-            call()
-        best = min(best, now() - started)
+    for number in range(rounds + 1):  # the first one compiles and makes plans
+        for at, call in enumerate(calls):
+            wait()
+            started = now()
+            for _ in range(repeats):
+                call()
+            if number:
+                best[at] = min(best[at], now() - started)
     gc.enable()
-    return best / calls * 1e6
+    return [b / repeats * 1e6 for b in best]
 
 
 class _Compiled:
@@ -128,42 +132,41 @@ def stub() -> Any:
     return namespace
 
 
-def cost(case: Case, spec: OpSpec, namespace: Any) -> Cost:
-    """Time one op in every way."""
+def ways(case: Case, spec: OpSpec, namespace: Any) -> list[Callable[[], Any]]:
+    """The calls of an op that ``Cost`` names, in its order."""
     packet = getattr(namespace, case.name)
     overload = packet.default
     backward = getattr(namespace, spec.backward.split("(", 1)[0]).default
     values = (*case.tensors, *case.constants)
-    without = timed(lambda: overload(*values))
-    host = timed(lambda: spec.triton[0](*values))  # type: ignore[index]
     names = [a.name for a in overload._schema.arguments]
     leaves = [
         v.detach().clone(memory_format=torch.preserve_format) if isinstance(v, torch.Tensor) else v
         for v in values
     ]
     wanted = [leaves[names.index(n)].requires_grad_() for n in spec.differentiable]
-    with_grad = timed(lambda: overload(*leaves))
-    dispatched = timed(lambda: overload._op(*leaves))
     out = overload(*leaves)
     outputs = out if isinstance(out, tuple) else (out,)
     ups = [torch.ones_like(o) for o in outputs[: spec.outputs]]
-    pull = timed(
-        lambda: torch.autograd.grad(outputs[: spec.outputs], wanted, ups, retain_graph=True)
-    )
     plain = [v.detach() if isinstance(v, torch.Tensor) else v for v in leaves]
     bare = tuple(o.detach() for o in outputs)
     middle = spec.save(dict(zip(names, plain, strict=True)), bare)
     back = (*ups, *middle, *[True] * len(wanted))
-    last = timed(lambda: backward(*back))
-    return Cost(case.name, with_grad, dispatched, without, host, pull, last)
+    return [
+        lambda: overload(*leaves),
+        lambda: overload._op(*leaves),
+        lambda: overload(*values),
+        lambda: spec.triton[0](*values),  # type: ignore[index]
+        lambda: torch.autograd.grad(outputs[: spec.outputs], wanted, ups, retain_graph=True),
+        lambda: backward(*back),
+    ]
 
 
-def eager() -> float:
+def eager() -> Callable[[], Any]:
     """An eager silu(gate) * up with gradients."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     gate, up = torch.randn(2, ROWS, LENGTH, HIDDEN, device=device).to(BF16).unbind()
     gate.requires_grad_(), up.requires_grad_()
-    return timed(lambda: F.silu(gate) * up)
+    return lambda: F.silu(gate) * up
 
 
 def main() -> None:
@@ -178,17 +181,19 @@ def main() -> None:
     namespace = torch.ops.fusewright if on_gpu else stub()
     specs = {s.name: s for s in catalogue()}
     given = cases("cuda" if on_gpu else "cpu")
-    costs = [cost(case, specs[case.name], namespace) for case in given]
     names = [f.name for f in fields(Cost)]
+    calls = [call for case in given for call in ways(case, specs[case.name], namespace)]
+    *found, reference = timed([*calls, eager()])
+    per = len(names) - 1
+    costs = [Cost(c.name, *found[at * per : (at + 1) * per]) for at, c in enumerate(given)]
     print("".join(f"{n:>14}" for n in names))
     for c in costs:
         print(f"{c.op:>14}" + "".join(f"{getattr(c, n):14.1f}" for n in names[1:]))
-    reference = eager()
     print(f"eager silu(gate) * up with gradients: {reference:.1f}")
     if path is not None:
         device = torch.cuda.get_device_name() if on_gpu else "cpu, launches stubbed"
-        found = {"device": device, "torch": torch.__version__, "eager": reference}
-        Path(path).write_text(json.dumps(found | {"ops": [asdict(c) for c in costs]}, indent=1))
+        whole = {"device": device, "torch": torch.__version__, "eager": reference}
+        Path(path).write_text(json.dumps(whole | {"ops": [asdict(c) for c in costs]}, indent=1))
 
 
 if __name__ == "__main__":

@@ -23,24 +23,28 @@ WANTED = {"forward": 0.90, "backward": 0.88, "dx": 0.88, "dx+dw": 0.80}
 SPECIAL = {"nf4_dequantize": 0.85, "cross_entropy": 0.85}
 
 
+def wanted(kernel: str) -> float:
+    """What a row kernel is asked to reach; the direction stands in its name."""
+    words = kernel.split()
+    return next((WANTED[w] for w in words if w in WANTED), WANTED["backward"])
+
+
 def shares(norms: dict[str, Any], losses: dict[str, Any]) -> list[dict[str, Any]]:
     """(kernel, shape, share of copy bandwidth, wanted) of every measurement."""
     out = []
     for row in norms["roofline"]:
-        wanted = next((w for k, w in reversed(WANTED.items()) if row["name"].endswith(k)), None)
-        wanted = wanted or WANTED["forward" if "forward" in row["name"] else "backward"]
         shape = f"{row['rows']} x {row.get('width', '')}"
-        entry = {"kernel": row["name"], "shape": shape, "share": row["of_copy"], "wanted": wanted}
-        out.append(entry | {"us": row["us"]})
+        entry = {"kernel": row["name"], "shape": shape, "share": row["of_copy"]}
+        out.append(entry | {"wanted": wanted(row["name"]), "us": row["us"]})
     for row in losses["rows"]:
         if row.get("copy") is None:
             continue
         name = row["op"].split(" ")[0]
         if name == "cross_entropy" and row["pass"] != "both":
             continue
-        wanted = SPECIAL.get(name, WANTED.get(row["pass"], 0.90))
+        asked = SPECIAL.get(name, WANTED.get(row["pass"], 0.90))
         kernel = f"{row['op']} {row['pass']}"
-        entry = {"kernel": kernel, "shape": row["shape"], "share": row["copy"], "wanted": wanted}
+        entry = {"kernel": kernel, "shape": row["shape"], "share": row["copy"], "wanted": asked}
         out.append(entry | {"us": row["ms"] * 1e3})
     return out
 

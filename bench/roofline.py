@@ -2,7 +2,8 @@
 
 Two ways to time a call. ``milliseconds`` runs it again and again on the same inputs, which must be
 larger than the L2 cache. ``fresh_milliseconds`` rotates through several sets of inputs in a CUDA
-graph, for calls that move little. Neither counts the host's work.
+graph, for calls that move little. Neither counts the host's work. Without a GPU every call is made
+once and its time is the clock's: a dry run.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from place import DEVICE
 
 FRESH_BYTES = 400 * 2**20  # several times the L2 cache of any GPU
 _SPIN_PER_SECOND = 2.2e9  # at least a GPU's clock
@@ -29,6 +31,8 @@ def milliseconds(run: Run, repeats: int = 21, warmup: int = 3) -> float:
     The calls are queued behind a spinning kernel, so that the GPU never waits for the host: without
     it a call that the host takes longer to issue than the GPU to run measures the host.
     """
+    if not torch.cuda.is_available():
+        return _once(run)
     run()
     torch.cuda.synchronize()
     begun = time.perf_counter()
@@ -47,6 +51,12 @@ def milliseconds(run: Run, repeats: int = 21, warmup: int = 3) -> float:
     return statistics.median(b.elapsed_time(e) for b, e in pairs)
 
 
+def _once(run: Run) -> float:
+    begun = time.perf_counter()
+    run()
+    return (time.perf_counter() - begun) * 1e3
+
+
 def sets_for(bytes_moved: int) -> int:
     """How many sets of inputs ``fresh_milliseconds`` rotates through."""
     return max(2, min(40, math.ceil(FRESH_BYTES / bytes_moved)))
@@ -57,6 +67,8 @@ def fresh_milliseconds(make: Make, bytes_moved: int, replays: int = 7) -> float:
 
     Every call has inputs of its own and its results are kept: nothing is found in the L2 cache.
     """
+    if not torch.cuda.is_available():
+        return _once(make())
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -84,7 +96,9 @@ def fresh_milliseconds(make: Make, bytes_moved: int, replays: int = 7) -> float:
 
 def copy_bandwidth(bytes_moved: int = 2**31) -> float:
     """Bytes a millisecond of a device-to-device copy, read and write counted."""
-    source = torch.empty(bytes_moved // 2, dtype=torch.uint8, device="cuda").random_()
+    if not torch.cuda.is_available():
+        bytes_moved = 2**20
+    source = torch.empty(bytes_moved // 2, dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
     return 2 * source.numel() / milliseconds(lambda: target.copy_(source))
 
@@ -97,7 +111,7 @@ def fresh_bandwidth(bytes_moved: int) -> float:
     """
 
     def make() -> Run:
-        source = torch.empty(bytes_moved // 4, dtype=torch.bfloat16, device="cuda").normal_()
+        source = torch.empty(bytes_moved // 4, dtype=torch.bfloat16, device=DEVICE).normal_()
         target = torch.empty_like(source)
         return lambda: torch.neg(source, out=target)
 
@@ -106,6 +120,8 @@ def fresh_bandwidth(bytes_moved: int) -> float:
 
 def host_microseconds(run: Run, calls: int = 300) -> float:
     """What the host spends to issue one call, the GPU never being waited for; best of five."""
+    if not torch.cuda.is_available():
+        return _once(run) * 1e3
     best = math.inf
     for _ in range(5):
         run()
@@ -120,6 +136,9 @@ def host_microseconds(run: Run, calls: int = 300) -> float:
 
 def peak_mebibytes(run: Run) -> float:
     """Most memory that a call holds above what was allocated before it, its results included."""
+    if not torch.cuda.is_available():
+        run()
+        return 0.0
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

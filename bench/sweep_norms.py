@@ -128,9 +128,9 @@ def sweep_rope(copy: float) -> list[dict[str, Any]]:
     rows = []
     chosen = rope_kernels.tile
     for direction, heads, layout in itertools.product(
-        ("forward", "backward"), ((32, 8, 128), (32, 8, 64), (16, 16, 256)), ("half", "interleaved")
+        ("forward", "dx"), ((32, 8, 128), (32, 8, 64), (16, 16, 256)), ("half", "interleaved")
     ):
-        case = RopeCase(direction, 16384, *heads, layout)
+        case = RopeCase(direction, 16384, *heads, layout=layout)
         found = []
         for steps, warps in itertools.product((1, 2, 4), (1, 2, 4, 8)):
             cut = rope_kernels.Tile(heads[0] // steps, max(1, heads[1] // steps), steps, warps)
@@ -140,7 +140,7 @@ def sweep_rope(copy: float) -> list[dict[str, Any]]:
         rope_kernels.tile = chosen
         mine = chosen(*heads, device.limits(torch.device("cuda")))
         for ms, cut in sorted(found)[:3] + [f for f in found if f[1] == ",".join(map(str, mine))]:
-            rows.append({"name": case.name, "shape": case.tokens, "us": ms * 1e3, "of_copy": case.bytes / ms / copy,
+            rows.append({"name": case.name, "shape": case.rows, "us": ms * 1e3, "of_copy": case.bytes / ms / copy,
                          "tile": cut})  # fmt: skip
     return rows
 

@@ -6,6 +6,7 @@
 | FUSEWRIGHT_DUMP | a directory: every stage's graph as Python with provenance, and report.json |
 | FUSEWRIGHT_DISABLE | comma-separated names of patterns to leave out |
 | FUSEWRIGHT_VERIFY | overrides optimize(verify=...): first_step or off |
+| FUSEWRIGHT_PARTITION | what a block's backward is handed: default runs cheap calls again, keep saves everything, torch leaves it to torch |
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-VARIABLES = ("FUSEWRIGHT_DEBUG", "FUSEWRIGHT_DUMP", "FUSEWRIGHT_DISABLE", "FUSEWRIGHT_VERIFY")
+VARIABLES = (
+    "FUSEWRIGHT_DEBUG",
+    "FUSEWRIGHT_DUMP",
+    "FUSEWRIGHT_DISABLE",
+    "FUSEWRIGHT_VERIFY",
+    "FUSEWRIGHT_PARTITION",
+)
 
 _CHOICES = {
     "lowering": ("auto", "fx", "inductor"),
@@ -33,20 +40,26 @@ class Environment:
     dump: Path | None = None
     disable: frozenset[str] = frozenset()
     verify: str | None = None
+    partition: str = "default"
 
     @classmethod
     def read(cls) -> Environment:
         """Parse os.environ; raises ValueError naming the variable when a value is malformed."""
-        debug, dump, disable, verify = (os.environ.get(name, "").strip() for name in VARIABLES)
+        debug, dump, disable, verify, partition = (
+            os.environ.get(name, "").strip() for name in VARIABLES
+        )
         if debug and debug not in "01234":
             raise ValueError(f"FUSEWRIGHT_DEBUG must be 0, 1, 2, 3 or 4, got {debug!r}")
         if verify:
             _check("FUSEWRIGHT_VERIFY", verify, _CHOICES["verify"])
+        if partition:
+            _check("FUSEWRIGHT_PARTITION", partition, ("default", "keep", "torch"))
         return cls(
             debug=int(debug or 0),
             dump=Path(dump) if dump else None,
             disable=frozenset(p.strip() for p in disable.split(",") if p.strip()),
             verify=verify or None,
+            partition=partition or "default",
         )
 
 

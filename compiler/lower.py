@@ -1,20 +1,23 @@
 """Lower: turn a rewritten graph into the callable that the region runs.
 
-``fx`` runs the graph's generated Python on the eager dispatcher; autograd records as usual.
-``inductor`` hands it to AOTAutograd and Inductor, which fuse what no pattern took. ``aot`` stops at
-AOTAutograd's graphs and runs those.
+``inductor`` hands the graph to AOTAutograd and Inductor, which fuse what no pattern took. ``aot`` stops
+at AOTAutograd's graphs and runs those. ``fx`` runs generated Python on the eager dispatcher: the graph
+itself, with autograd recording as usual, or where a partition is asked for AOTAutograd's two halves.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from fusewright.compiler import ir
+from fusewright.compiler import ir, partition
+from fusewright.compiler.partition import Partitioned
 
 aten = torch.ops.aten
 
@@ -29,8 +32,20 @@ def choose(requested: str, graph: fx.Graph) -> str:
     return "inductor" if devices & {"cuda", "xpu"} else "fx"
 
 
+@dataclass(frozen=True)
+class Splitting:
+    """How a lowering splits forward and backward: a level of ``partition``, and who is told."""
+
+    level: str
+    tell: Callable[[Partitioned], None]
+
+
 def lower(
-    gm: fx.GraphModule, example_inputs: list[Any], how: str, autocast_device: str | None
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    how: str,
+    autocast_device: str | None,
+    splitting: Splitting | None = None,
 ) -> Callable[..., Any]:
     """The callable of a canonical graph.
 
@@ -40,14 +55,17 @@ def lower(
         how: "fx", "aot" or "inductor".
         autocast_device: device type whose autocast was made explicit in the graph and must be off
             while it runs, or None.
+        splitting: by our own partition, or torch's (autograd's for fx) if None.
     """
     with autocast_off(autocast_device):
         if how == "inductor":
-            run = _inductor(gm, example_inputs)
+            run = _inductor(gm, example_inputs, splitting)
         elif how == "aot":
             from torch._dynamo.backends.debugging import aot_eager
 
             run = aot_eager(gm, example_inputs)
+        elif splitting is not None:
+            run = _split_fx(gm, example_inputs, splitting)
         else:
             gm.recompile()
             run = gm.forward
@@ -66,12 +84,37 @@ def autocast_off(device: str | None) -> Any:
     return nullcontext() if device is None else torch.autocast(device, enabled=False)
 
 
-def _inductor(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+def _inductor(
+    gm: fx.GraphModule, example_inputs: list[Any], splitting: Splitting | None
+) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {"fallback_random": True} if _draws(gm) else None
-    run: Any = compile_fx(gm, example_inputs, config_patches=patches)
+    patches: dict[str, Any] = {"fallback_random": True} if _draws(gm) else {}
+    if splitting is not None:
+        ours = partition.for_inductor(splitting.level, splitting.tell)
+        patches["custom_partitioner_fn"] = ours
+    run: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
     compiled: Callable[..., Any] = run
+    return compiled
+
+
+def _split_fx(
+    gm: fx.GraphModule, example_inputs: list[Any], splitting: Splitting
+) -> Callable[..., Any]:
+    """AOTAutograd's forward and backward, each run as the Python that fx generates."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch import config
+
+    def half(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        boxed: Callable[..., Any] = make_boxed_func(graph.forward)
+        return boxed
+
+    ours = functools.partial(partition.partition, level=splitting.level, tell=splitting.tell)
+    backend = aot_autograd(fw_compiler=half, bw_compiler=half, partition_fn=ours)
+    # Nothing here writes over what was saved, so a second backward stays possible.
+    with config.patch(donated_buffer=False):
+        compiled: Callable[..., Any] = backend(gm, example_inputs)
     return compiled
 
 

@@ -149,23 +149,37 @@ def _lower(
     record: GraphRecord,
     device: str | None,
 ) -> Callable[..., Any]:
-    """The asked-for lowering; plain FX where Inductor refuses the graph."""
+    """The asked-for lowering; plain FX where it refuses the graph."""
     record.lowering = lower.choose(session.options.lowering, gm.graph)
-    if record.lowering == "fx":
+    splitting = _splitting(session, record)
+    if record.lowering == "fx" and splitting is None:
         return lower.lower(gm, example_inputs, "fx", device)
     kept = copy.deepcopy(gm)
     try:
-        return lower.lower(gm, example_inputs, record.lowering, device)
+        return lower.lower(gm, example_inputs, record.lowering, device, splitting)
     except Exception as error:
-        # Inductor's failures are of every kind, and plain FX runs whatever was captured.
+        # A lowering's failures are of every kind, and plain FX runs whatever was captured.
         if session.options.strict:
             raise
-        session.note(
-            f"{record.region}: Inductor refused it, it runs as plain FX: {_describe(error)}"
-        )
-        log.debug("Inductor refused region %s", record.region, exc_info=True)
-        record.lowering = "fx"
+        who = "Inductor" if record.lowering == "inductor" else "AOTAutograd"
+        session.note(f"{record.region}: {who} refused it, it runs as plain FX: {_describe(error)}")
+        log.debug("%s refused region %s", who, record.region, exc_info=True)
+        record.lowering, record.partitioned = "fx", None
         return lower.lower(kept, example_inputs, "fx", device)
+
+
+def _splitting(session: Session, record: GraphRecord) -> lower.Splitting | None:
+    """Our partition for blocks that are to be differentiated.
+
+    Under an activation checkpoint everything is kept: its recompute is followed by the backward at
+    once, and what were dropped in between would be computed a third time.
+    """
+    level = session.options.environment.partition
+    if record.kind != "block" or level == "torch" or not torch.is_grad_enabled():
+        return None
+    if session.checkpointed():
+        level = "keep"
+    return lower.Splitting(level, lambda chosen: setattr(record, "partitioned", chosen))
 
 
 def match_and_rewrite(

@@ -172,6 +172,10 @@ class Session:
             if missing:
                 raise NeedsStorage(missing)
 
+    def checkpointed(self) -> bool:
+        """Whether the running module is under a gradient checkpoint of its class's own."""
+        return bool(getattr(self._module, "gradient_checkpointing", False))
+
     def entering(self, path: str) -> None:
         """What runs next is the region at ``path``."""
         self._running, self._ran = path, []

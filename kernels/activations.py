@@ -227,5 +227,6 @@ OPS = (
         reference=(reference_fwd, reference_bwd),
         fake=(_fake_fwd, _fake_bwd),
         triton=(triton_fwd, triton_bwd),
+        cheap=True,
     ),
 )

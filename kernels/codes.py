@@ -10,6 +10,8 @@ import functools
 
 import torch
 
+from fusewright.kernels import recording
+
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
@@ -20,7 +22,6 @@ _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 KINDS = ("nf4", "fp4")
 
 
-@functools.cache
 def code(kind: str, device: torch.device) -> torch.Tensor:
     """The value of each nibble, (16,) float32.
 
@@ -29,6 +30,13 @@ def code(kind: str, device: torch.device) -> torch.Tensor:
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
+    made = _code(kind, device)
+    recording.table(made, (), lambda _: made)
+    return made
+
+
+@functools.cache
+def _code(kind: str, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False), torch.no_grad():
         if kind == "nf4":
             return torch.tensor(_NF4, dtype=torch.float32, device=device)

@@ -278,6 +278,7 @@ OPS = (
         save=_save,
         reference=(reference_fwd, reference_bwd),
         triton=(triton_fwd, triton_bwd),
+        cheap=True,
         fake=(_fake_fwd, _fake_bwd),
     ),
 )

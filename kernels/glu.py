@@ -241,6 +241,7 @@ def _pair_op(name: str, form: str) -> OpSpec:
         reference=(reference_fwd, reference_bwd),
         fake=(_fake_pair_fwd, _fake_pair_bwd),
         triton=(triton_fwd, triton_bwd),
+        cheap=True,
     )
 
 
@@ -256,6 +257,7 @@ def _packed_op(name: str, form: str) -> OpSpec:
         reference=(packed_reference_fwd, packed_reference_bwd),
         fake=(_fake_packed_fwd, _fake_packed_bwd),
         triton=(packed_triton_fwd, packed_triton_bwd),
+        cheap=True,
     )
 
 

@@ -10,13 +10,13 @@ without running the function again (``fusewright.runtime.replay``).
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from fusewright.kernels.launch import HAS_TRITON
+from fusewright.kernels.recording import Launch, recorder
 
 if HAS_TRITON:
     from triton import knobs
@@ -31,25 +31,6 @@ def hooked() -> bool:
     """Whether somebody (a profiler) watches launches; then Triton launches."""
     hook = knobs.runtime.launch_enter_hook if HAS_TRITON else None
     return hook is not None and bool(getattr(hook, "calls", True))
-
-
-class Launch(NamedTuple):
-    """One launch: the compiled kernel (None under the interpreter) and what it was given."""
-
-    compiled: Any
-    grid: tuple[int, int]
-    tensors: tuple[torch.Tensor | None, ...]
-    numbers: tuple[float, ...]
-    constants: tuple[Any, ...]
-
-
-class _Recorder(threading.local):
-    """Where this thread's launches are written down, if anywhere."""
-
-    launches: list[Any] | None = None
-
-
-recorder = _Recorder()
 
 
 class Launcher:
@@ -75,12 +56,12 @@ class Launcher:
 
         At least one tensor must be given. Tensors are of the current device.
         """
-        launches = recorder.launches
-        if launches is not None:
+        steps = recorder.steps
+        if steps is not None:
             # What Triton or its interpreter do with tensors is no part of the host function.
             with torch._C._DisableTorchDispatch():
                 compiled = self._launch(grid, tensors, numbers, constants, warps)
-            launches.append(Launch(compiled, grid, tuple(tensors), numbers, constants))
+            steps.append(Launch(compiled, grid, tuple(tensors), numbers, constants))
         else:
             self._launch(grid, tensors, numbers, constants, warps)
 

@@ -140,10 +140,7 @@ def reference_bwd(*args: Any) -> Results:
     rows, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
     whole = torch.cat([d.reshape(-1, d.shape[-1]) for d in given.dys], -1)
     g = whole.split([w.shape[0] for w in group.weights], -1)
-    dx = absent(x)
-    if needs.x:
-        parts = [d.to(w.dtype) @ w for d, w in zip(g, group.weights, strict=True)]
-        dx = sum(parts[1:], parts[0])
+    shares: list[torch.Tensor] = []
     dinputs = [t.new_zeros(rows.shape) if needs.inputs else absent(x) for t in group.inputs]
     ddown, dup = [], []
     start = 0
@@ -155,12 +152,14 @@ def reference_bwd(*args: Any) -> Results:
         ddown.append(p.T @ own.to(a.dtype) if needs.down else absent(a))
         dup.append(branch.T @ low.to(b.dtype) if needs.up else absent(b))
         if group.source[i] < 0 and needs.x:
-            dx = dx + p @ a
+            shares.append(p @ a)
         elif group.source[i] >= 0 and needs.inputs:
             at = group.source[i]
             dinputs[at] = dinputs[at] + (p @ a).to(dinputs[at].dtype)
+    if needs.x:
+        shares += [d.to(w.dtype) @ w for d, w in zip(g, group.weights, strict=True)]
     return Results(
-        dx.reshape(x.shape).to(x.dtype) if needs.x else dx,
+        _sum(shares).reshape(x.shape).to(x.dtype) if needs.x else absent(x),
         [d.reshape(x.shape) if needs.inputs else d for d in dinputs],
         [
             d.to(w.dtype).T @ rows.to(w.dtype) if needs.weights else absent(w)
@@ -173,6 +172,12 @@ def reference_bwd(*args: Any) -> Results:
         ddown,
         dup,
     )
+
+
+def _sum(shares: Tensors) -> torch.Tensor:
+    """The sum in float32 at least, in the order given."""
+    wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in shares]
+    return sum(wide[1:], wide[0])
 
 
 def host_fwd(*args: Any) -> tuple[list[torch.Tensor], torch.Tensor]:

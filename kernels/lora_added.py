@@ -73,17 +73,8 @@ def fwd(base: torch.Tensor, x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, 
     thin = products.right(group, rows, plan(group), None, False, ())
     lows = thin.split([a.shape[0] for a in group.down], 1)
     pairs = [products.paired(s, b, rows.dtype) for s, b in zip(lows, group.up, strict=True)]
-    y = torch.addmm(base.reshape(-1, base.shape[-1]), *_joined(pairs))
+    y = torch.addmm(base.reshape(-1, base.shape[-1]), *products.joined(pairs))
     return y.view(base.shape), thin
-
-
-def _joined(
-    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Several (left, right) as one pair whose product is the sum of theirs."""
-    if len(pairs) == 1:
-        return pairs[0]
-    return torch.cat([p[0] for p in pairs], 1), torch.cat([p[1] for p in pairs], 0)
 
 
 def _plain_fwd(
@@ -113,7 +104,7 @@ def bwd(dy: torch.Tensor, thin: torch.Tensor, *args: Any) -> Results:
     if need_x:
         shared = [i for i, source in enumerate(group.source) if source < 0]
         pairs = [products.paired(p[i], group.down[i].t(), x.dtype) for i in shared]
-        dx = torch.mm(*_joined(pairs)).view(x.shape) if pairs else torch.zeros_like(x)
+        dx = torch.mm(*products.joined(pairs)).view(x.shape) if pairs else torch.zeros_like(x)
     ddown = products.left(group, rows, p, need_down)
     return Results(dbase, dx, _of_inputs(group, p, need_inputs), ddown, dup)
 

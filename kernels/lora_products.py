@@ -34,6 +34,15 @@ def paired(
     return torch.cat((a, b, a), 1), torch.cat((c, c, d), 1).t()
 
 
+def joined(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Several (left, right) as one pair whose product is the sum of theirs."""
+    if len(pairs) == 1:
+        return pairs[0]
+    return torch.cat([p[0] for p in pairs], 1), torch.cat([p[1] for p in pairs], 0)
+
+
 def _halves(t: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     high = t.to(dtype)
     return high, (t - high.to(t.dtype)).to(dtype)

@@ -141,7 +141,7 @@ def _fwd(into: Into, *args: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
     group = given.group
     lora.check(group)
     how = plan(group)
-    augmented = room.serves(group.x.device) and takes(group, given.out_dtype)
+    augmented = room.serves(group.x.device, group.x.dtype) and takes(group, given.out_dtype)
     space = room.needed(how.columns if augmented else 0, 0)
     with _dequantised(group, given.weights, space, into) as dense:
         if not group.down and takes(group, given.out_dtype):
@@ -159,7 +159,7 @@ def _bwd(into: Into, dys: Sequence[torch.Tensor], thin: torch.Tensor, *args: Any
     group = given.group
     need_x, need_inputs, need_biases, need_down, need_up = wanted
     needs = Needs(need_x, need_inputs, False, need_biases, need_down, need_up)
-    augmented = room.serves(group.x.device) and takes(group, given.out_dtype)
+    augmented = room.serves(group.x.device, group.x.dtype) and takes(group, given.out_dtype)
 
     def run(dense: Group) -> Results:
         if needs.x and not group.down and takes(group, given.out_dtype):

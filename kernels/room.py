@@ -16,7 +16,7 @@ that memory: to whoever saves a model, weights that lie side by side share nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,7 +24,13 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import dlpack
 
+from fusewright.kernels import recording
+
 _UNIT = 16  # columns and rows of room come in multiples, so that every row starts aligned
+
+# (tensor, shape, strides, elements behind its beginning): a tensor on the same storage, which autograd
+# takes for no view; bounds are not checked
+reinterpret: Callable[..., torch.Tensor] = vars(torch._C._dynamo.guards)["_reinterpret_tensor"]
 
 
 class Room(NamedTuple):
@@ -43,12 +49,24 @@ class _Entry:
         self.height, self.width, self.room = height, width, room
         self.layout: Any = None
 
-    def storage(self) -> torch.UntypedStorage | None:
-        """The buffer's storage, or None once it is gone."""
-        found: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(
-            self.weak.cdata
-        )
-        return found
+    def whole(self, like: torch.Tensor) -> torch.Tensor:
+        """All of the buffer, (height + rows, width + columns), of the dtype of ``like``."""
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.weak.cdata)
+        step = self.width + self.room.columns
+        with torch.no_grad():
+            out = torch.empty(0, dtype=like.dtype, device=like.device)
+            return out.set_(storage, 0, (self.height + self.room.rows, step), (step, 1))
+
+    def takes(self, layout: Any) -> bool:
+        """Whether the room is laid out so; empty room is, from now on."""
+        if self.layout is None:
+            self.layout = layout
+        return bool(self.layout == layout)
+
+    @property
+    def geometry(self) -> tuple[int, int, Room]:
+        """What a buffer's strides and places follow from."""
+        return self.height, self.width, self.room
 
 
 _KNOWN: dict[int, _Entry] = {}  # by the address of a weight
@@ -61,12 +79,14 @@ class Roomy(NamedTuple):
         buffer: (sum N_j + rows, K + columns).
         height: sum N_j.
         width: K.
+        first: its first weight.
     """
 
     buffer: torch.Tensor
     height: int
     width: int
     entry: _Entry
+    first: torch.Tensor
 
     @property
     def columns(self) -> int:
@@ -80,16 +100,20 @@ class Roomy(NamedTuple):
 
     def prepare(self, layout: Any) -> None:
         """Empty the room if it holds adapters that were laid out in another way."""
-        if self.entry.layout != layout:
-            if self.entry.layout is not None:
-                self.buffer[:, self.width :].zero_()
-                self.buffer[self.height :].zero_()
+        if not self.entry.takes(layout):
+            self.buffer[:, self.width :].zero_()
+            self.buffer[self.height :].zero_()
             self.entry.layout = layout
+        recording.condition((self.first,), lambda w: _KNOWN[w.data_ptr()].takes(layout))
 
 
-def serves(device: torch.device) -> bool:
-    """Whether the augmented product pays there: the reference has no use for it."""
-    return device.type == "cuda"
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the augmented product pays there: the reference has no use for it.
+
+    Nor has float32: its products are long beside the pass that adds an adapter to a result, and a
+    library that cuts the sum of K terms in parts may take K and the adapters' columns in one.
+    """
+    return device.type == "cuda" and dtype is not torch.float32
 
 
 def needed(columns: int, rows: int) -> Room:
@@ -172,23 +196,40 @@ def find(weights: Sequence[torch.Tensor], columns: int, rows: int) -> Roomy | No
         weights: (N_j, K) each, in the order in which they must lie.
         columns, rows: what is to be written behind and below.
     """
+    entry = _filled(weights, columns, rows)
+    if entry is None:
+        recording.condition(weights, lambda *given: _filled(given, columns, rows) is None)
+        return None
+    geometry = entry.geometry
+
+    def same(*given: torch.Tensor) -> bool:
+        found = _filled(given, columns, rows)
+        return found is not None and found.geometry == geometry
+
+    recording.condition(weights, same)
+    with torch._C._DisableTorchDispatch():
+        buffer = entry.whole(weights[0])
+    recording.alias(buffer, weights[0])
+    return Roomy(buffer, entry.height, entry.width, entry, weights[0])
+
+
+def _filled(weights: Sequence[torch.Tensor], columns: int, rows: int) -> _Entry | None:
+    """What is known of the buffer that these weights fill; see ``find``."""
     first = weights[0]
-    entry = _KNOWN.get(first.data_ptr())
+    address = first.data_ptr()
+    entry = _KNOWN.get(address)
     if entry is None or columns > entry.room.columns or rows > entry.room.rows:
         return None
     step, start = entry.width + entry.room.columns, 0
+    row = step * first.element_size()
     for w in weights:
-        there = w.data_ptr() == entry.address + start * step * first.element_size()
+        there = w.data_ptr() == address + start * row
         if not there or w.shape[1] != entry.width or w.stride() != (step, 1):
             return None
         start += w.shape[0]
-    storage = entry.storage() if start == entry.height else None
-    if storage is None:
+    if start != entry.height or address != entry.address or entry.weak.expired():
         return None
-    with torch.no_grad():
-        buffer = torch.empty(0, dtype=first.dtype, device=first.device)
-        buffer.set_(storage, 0, (entry.height + entry.room.rows, step), (step, 1))
-    return Roomy(buffer, entry.height, entry.width, entry)
+    return entry
 
 
 def owned(weight: torch.Tensor) -> bool:
@@ -211,10 +252,8 @@ def empty_roomy(
 def part(
     of: torch.Tensor, offset: Any, shape: Sequence[int], strides: Sequence[int]
 ) -> torch.Tensor:
-    """A tensor on the storage of ``of`` that autograd does not take for a view of it."""
-    with torch.no_grad():
-        out = torch.empty(0, dtype=of.dtype, device=of.device)
-        return out.set_(of.untyped_storage(), offset, tuple(shape), tuple(strides))
+    """A tensor on the storage of ``of``, at ``offset`` there, that autograd takes for no view."""
+    return reinterpret(of, tuple(shape), tuple(strides), offset - of.storage_offset())
 
 
 def columns_of(whole: torch.Tensor, widths: Sequence[int]) -> list[torch.Tensor]:
@@ -251,8 +290,14 @@ def widened(rows: torch.Tensor, room: int) -> torch.Tensor | None:
     step = rows.stride(0)
     if rows.stride(1) != 1 or step < width + room or count == 0:
         return None
-    end = rows.storage_offset() + (count - 1) * step + width + room
-    storage = rows.untyped_storage()
-    if end * rows.element_size() > storage.nbytes():
+    extent = (count - 1) * step + width + room
+    if not _reaches(rows, extent):
         return None
-    return part(rows, rows.storage_offset(), (count, width + room), (step, 1))
+    recording.condition((rows,), lambda t: _reaches(t, extent))
+    return reinterpret(rows, (count, width + room), (step, 1), 0)
+
+
+def _reaches(t: torch.Tensor, extent: int) -> bool:
+    """Whether so many elements from the tensor's first on are of its storage."""
+    size: int = t.untyped_storage().nbytes()
+    return (t.storage_offset() + extent) * t.element_size() <= size

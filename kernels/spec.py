@@ -38,6 +38,8 @@ class OpSpec:
             as its trailing arguments (e.g. a chunked loss).
         gradients: which result of the backward is the gradient of each differentiable input; two
             inputs may share one (a sum's operands). In order if empty.
+        cheap: the forward is one pass over its data, without products and random draws: the backward
+            may run it again where that keeps less memory alive.
     """
 
     forward: str
@@ -50,6 +52,7 @@ class OpSpec:
     triton: tuple[Implementation, Implementation] | None = None
     forward_needs: bool = False
     gradients: tuple[int, ...] = ()
+    cheap: bool = False
 
     @property
     def name(self) -> str:

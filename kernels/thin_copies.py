@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fusewright.kernels import recording
 from fusewright.kernels.launch import HAS_TRITON, on_device_of, tl
 from fusewright.kernels.launcher import Launcher
 from fusewright.kernels.thin_parts import small_copies
@@ -74,13 +75,14 @@ def reference(copies: Sequence[Copy]) -> None:
             target.as_strided(target.shape, strides, where + 2 * step).copy_(rest)
 
 
-def _row(copy: Copy, first: int) -> tuple[int, ...]:
-    """A row of the table; the inner dimension is the one along which the target is dense."""
+def _layout(copy: Copy, first: int) -> tuple[int, ...]:
+    """A row of the table behind its addresses, and before them its first program; the inner dimension
+    is the one along which the target is dense."""
     source, target, step = copy
     outer, inner = (0, 1) if target.stride(1) <= target.stride(0) else (1, 0)
     return (
-        first, source.data_ptr(), target.data_ptr(), target.numel(), target.shape[inner],
-        source.stride(outer), source.stride(inner), target.stride(outer), target.stride(inner), step,
+        first, target.numel(), target.shape[inner], source.stride(outer), source.stride(inner),
+        target.stride(outer), target.stride(inner), step,
     )  # fmt: skip
 
 
@@ -98,26 +100,38 @@ def prepare(copies: Sequence[Copy]) -> list[Work]:
             pairs.setdefault((copy.source.dtype, copy.target.dtype), []).append(copy)
     works = []
     for dtypes, group in pairs.items():
-        rows, programs = [], 0
+        layouts, programs = [], 0
         for copy in group:
-            rows.append(_row(copy, programs))
+            layouts.append(_layout(copy, programs))
             programs += -(-copy.target.numel() // BLOCK)
-        tasks = 1 << (len(rows) - 1).bit_length()
-        table = _table(tuple(rows), tasks, group[0].target.device)
+        tasks = 1 << (len(layouts) - 1).bit_length()
+        table = _table(group, tuple(layouts), tasks)
         constants = (tasks, *map(_triton_type, dtypes), BLOCK, AT_ONCE)
         works.append(Work(table, programs, constants))
     return works
 
 
-def _table(rows: tuple[tuple[int, ...], ...], tasks: int, device: torch.device) -> torch.Tensor:
-    key = (device, *rows)
-    table = _tables.get(key)
-    if table is None:
-        if len(_tables) >= _MOST:
-            del _tables[next(iter(_tables))]
-        filler = (_NEVER,) + (0,) * (_COLUMNS - 1)
-        values = [*rows, *[filler] * (tasks - len(rows))]
-        table = _tables[key] = torch.tensor(values, dtype=torch.int64).to(device)
+def _table(group: Sequence[Copy], layouts: tuple[tuple[int, ...], ...], tasks: int) -> torch.Tensor:
+    """The table of copies that are laid out alike, for their addresses."""
+    device = group[0].target.device
+    tensors = [t for copy in group for t in (copy.source, copy.target)]
+
+    def make(addresses: tuple[int, ...]) -> torch.Tensor:
+        key = (device, tasks, layouts, addresses)
+        table = _tables.get(key)
+        if table is None:
+            if len(_tables) >= _MOST:
+                del _tables[next(iter(_tables))]
+            pairs = zip(addresses[::2], addresses[1::2], strict=True)
+            rows = [(l[0], *pair, *l[1:]) for l, pair in zip(layouts, pairs, strict=True)]
+            filler = (_NEVER,) + (0,) * (_COLUMNS - 1)
+            values = [*rows, *[filler] * (tasks - len(rows))]
+            with torch._C._DisableTorchDispatch():
+                table = _tables[key] = torch.tensor(values, dtype=torch.int64).to(device)
+        return table
+
+    table = make(tuple([t.data_ptr() for t in tensors]))
+    recording.table(table, tensors, make)
     return table
 
 

@@ -55,7 +55,11 @@ def _thin(at, apart, mask, MODE: tl.constexpr):
 def _product(m, high, low, total, MODE: tl.constexpr):
     """total + m (high + low), accumulated in float32; ``low`` is a pair."""
     if MODE == 2:
-        return total + tl.dot(m.to(tl.float32), high, input_precision="ieee")
+        # Triton makes total + dot(...) one chain of the whole sum, unless the dot is said to
+        # accumulate in its own way; float32's products ignore what is said.
+        return total + tl.dot(
+            m.to(tl.float32), high, input_precision="ieee", max_num_imprecise_acc=1
+        )
     if WIDEN:
         m, high = m.to(tl.float32), high.to(tl.float32)
     if MODE == 1:

@@ -210,7 +210,8 @@ def settle(graph: fx.Graph) -> list[Storage]:
         bare = not args[_DOWN]
         if not _untrained(node) or _kind(node) is None or (bare and node.target is _dense_op()):
             continue
-        if not bare and room.serves(ir.value(args[_X]).device):
+        x = ir.value(args[_X])
+        if not bare and room.serves(x.device, x.dtype):
             how = plan(_group(node))
             space = room.needed(how.columns, how.thin)
             _make_room(graph, node, space)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -46,8 +48,20 @@ def inner_forward(cls: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
+def _told_as(forward: Callable[..., Any], original: Callable[..., Any]) -> None:
+    """Give ``forward`` the name, documentation and signature of ``original``.
+
+    Trainers choose a data set's columns, and ``generate`` its arguments, by the parameters' names.
+    No ``__wrapped__``: who unwraps a forward to read or trace its code is to find this one.
+    """
+    functools.update_wrapper(forward, original, updated=())
+    del forward.__wrapped__  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+
+
 def subclass(cls: type[nn.Module], forward: Callable[..., Any], owner: object) -> type[nn.Module]:
     """A subclass of ``cls`` whose forward is ``forward`` and that belongs to ``owner``."""
+    _told_as(forward, cls.forward)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         # Protocol 2's form checks that the object has the class it names; this older one does not.

@@ -76,20 +76,26 @@ def _differentiate(
     arguments = Arguments(spec, forward._schema)
     watched = arguments.watched
     short = None
+    forward_plan, backward_plan = plans
     if spec.triton is not None:
-        forward_plan, backward_plan = plans
-        kernels = [
-            spec.triton[i] if plan is None else plan.call
+        calls = [
+            (spec.triton[i] if plan is None else plan.call, plan)
             for i, plan in enumerate((forward_plan, backward_plan))
         ]
-        forward = shortcut(forward, kernels[0], device)
-        backward = shortcut(backward, kernels[1], device)
-        if forward_plan is not None and backward_plan is not None:
+        forward, backward = (
+            quick.past(op, plan) if plan is not None and arguments.lists
+            else shortcut(op, call, device)
+            for op, (call, plan) in zip((forward, backward), calls, strict=True)
+        )  # fmt: skip
+    apply = applied(spec, forward, backward, arguments)
+    if forward_plan is not None and backward_plan is not None:
+        if arguments.lists:
+            rule = lambda found, values: apply(*values)
+        else:
             rule = quick.differentiated(spec, arguments, forward_plan, backward_plan, backward)
             short = quick.way(forward_plan, watched, rule)
-            quick.shorten(_packet(spec.name), forward_plan, watched, rule)
-            quick.shorten(backward_packet, backward_plan, backward_plan.tensors, None)
-    apply = applied(spec, forward, backward, arguments)
+        quick.shorten(_packet(spec.name), forward_plan, watched, rule)
+        quick.shorten(backward_packet, backward_plan, backward_plan.tensors, None)
 
     def autograd(*values: Any) -> Any:
         if short is not None:
@@ -98,7 +104,7 @@ def _differentiate(
                 return out
         if torch.is_grad_enabled():
             for i in watched:
-                if _wants_grad(values[i]):
+                if quick.wants_grad(values[i]):
                     return apply(*values)
         with torch._C._AutoDispatchBelowAutograd():
             if spec.forward_needs:
@@ -113,12 +119,6 @@ def _differentiate(
         )
 
 
-def _wants_grad(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.requires_grad
-    return isinstance(value, (list, tuple)) and any(_wants_grad(v) for v in value)
-
-
 @functools.cache
 def register_all() -> torch.library.Library:
     """Register every op of the catalogue; later calls return the same library."""
@@ -128,10 +128,16 @@ def register_all() -> torch.library.Library:
     return library
 
 
+@functools.cache
+def cheap_ops() -> frozenset[str]:
+    """Names of the ops whose forward the backward may run again (``OpSpec.cheap``)."""
+    return frozenset(s.name for s in catalogue() if s.cheap and not s.forward_needs)
+
+
 def _planned(spec: OpSpec, name: str, which: int, device: str) -> Planned | None:
-    """The host function with plans; None where it takes lists or is not a matter of launches."""
+    """The host function with plans; None where it decides by values, such as how many rows count."""
     assert spec.triton is not None
     schema = getattr(getattr(torch.ops, _NAMESPACE), name).default._schema
-    if spec.forward_needs or any("List[Tensor" in str(a.real_type) for a in schema.arguments):
+    if spec.forward_needs:
         return None
     return planned(spec.triton[which], schema, device)

@@ -82,8 +82,8 @@ def differentiated(
         @staticmethod
         def forward(ctx: Any, work: list[Any], *watched: Any) -> Any:
             found, values = work
-            plan, rest = found
-            out = settle(found, values) if plan is None else plan.run(rest)
+            plan, tensors, rest = found
+            out = settle(found, values) if plan is None else plan.run(tensors, rest)
             made = out if type(out) is tuple else (out,)
             kept = None if plan is None else plan.kept
             if kept is None:
@@ -106,7 +106,7 @@ def differentiated(
     parent: Any = super(torch.autograd.Function, Quick)
     apply = parent.apply  # what is left of apply where there are no transforms
 
-    def call(found: tuple[Any, Any], values: tuple[Any, ...]) -> Any:
+    def call(found: tuple[Any, Any, Any], values: tuple[Any, ...]) -> Any:
         work = [found, values]
         out = apply(work, *watched_of(values))
         made = work[2]
@@ -150,14 +150,33 @@ def shorten(
             return self._op(*values)
         if recording():
             for i in watched:
-                value = values[i]
-                if value is not None and value.requires_grad and not excluded(autograd):
+                if wants_grad(values[i]) and not excluded(autograd):
                     return self._op(*values) if with_grad is None else with_grad(found, values)
         return settle(found, values)
 
     # The call as a method of a class: one call of a Python function less than an attribute.
     for op in (packet, packet.default):
         op.__class__ = type(f"Direct{type(op).__name__}", (type(op),), {"__call__": call})
+
+
+def past(operator: Any, planned: Planned) -> Call:
+    """``operator`` below autograd, past the dispatcher where there is nothing on the way."""
+    look, settle = planned.look, planned.settle
+
+    def call(*values: Any) -> Any:
+        found = look(values)
+        return operator(*values) if found is None else settle(found, values)
+
+    return call
+
+
+def wants_grad(value: Any) -> bool:
+    """Whether autograd must know of an argument: a tensor, a list of them, or neither."""
+    if value is None:
+        return False
+    if value.__class__ is list or value.__class__ is tuple:
+        return any(map(wants_grad, value))
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def way(planned: Planned, watched: tuple[int, ...], with_grad: Call) -> Call:

@@ -3,14 +3,12 @@
 Of some 29 microseconds that a host function takes, the launch takes 5. The rest is checks, strides,
 tiles and allocations that follow from the arguments' shapes, strides, dtypes, device and constants.
 So a call that was seen with the same ones before is not computed again: its *plan* allocates the
-same buffers and launches the same compiled kernels on the new pointers.
+same buffers, launches the same compiled kernels on the new pointers and repeats the same products.
 
-A plan is a recording, and what cannot be recorded is not guessed. The second call with one signature
-runs under a dispatch mode that sees every operation: buffers, views of them, launches and the
-assertion on a device are understood; anything else (a copy of strided rows, a matrix product, a value
-read back) and every pointer of unknown origin leave that signature to the host function for good.
-A host function may look at one thing besides the signature, how its pointers are aligned; so plans
-are for pointers at multiples of 16 bytes, as kernels are specialised, and others take the function.
+A plan is a recording (``recording``), made at the second call with one signature, and what cannot be
+recorded is not guessed: it leaves that signature to the host function for good. A host function may
+look at one thing besides the signature, how its pointers are aligned; so plans are for pointers at
+multiples of 16 bytes, as kernels are specialised, and others take the function.
 """
 
 from __future__ import annotations
@@ -19,230 +17,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusewright.kernels.launcher import Launch, current_stream, hooked, recorder
+from fusewright.kernels.launcher import hooked
+from fusewright.kernels.recording import recorder
+from fusewright.runtime.recording import Plan, record
 from fusewright.runtime.rule import picker
+from fusewright.runtime.seen import POSSIBLE, Seen, admission, seen
 
-aten = torch.ops.aten
 Call = Callable[..., Any]
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _MOST = 1024  # signatures remembered of one host function, before all are forgotten
+_RECENT, _LESSONS = 8, 64  # signatures that are asked first, and how often these may change
+_pointer = torch.Tensor.data_ptr
 _UNSEEN, _REFUSED = object(), object()
-_BUFFERS = frozenset(
-    {
-        aten.empty.memory_format,
-        aten.empty_strided.default,
-        aten.empty_like.default,
-        aten.new_empty.default,
-        aten.new_empty_strided.default,
-    }
-)
-_VIEWS = frozenset(
-    {
-        aten.alias.default,
-        aten.as_strided.default,
-        aten.detach.default,
-        aten.expand.default,
-        aten.permute.default,
-        aten.select.int,
-        aten.slice.Tensor,
-        aten.squeeze.dim,
-        aten.t.default,
-        aten.transpose.int,
-        aten.unsqueeze.default,
-        aten.view.default,
-    }
-)
-_TYPES = {
-    "Tensor": (torch.Tensor,),
-    "Optional[Tensor]": (torch.Tensor, torch.nn.Parameter, type(None)),
-    "float": (float,),
-    "int": (int,),
-    "bool": (bool,),
-    "str": (str,),
-    "List[int]": (list, tuple),
-}
-
-
-class _Assertion(NamedTuple):
-    """An assertion on the device, of a tensor and its message."""
-
-    tensor: torch.Tensor
-    message: str
-
-
-class _Watch(TorchDispatchMode):
-    """Writes down what a host function does; ``strange`` is the first thing that is not understood."""
-
-    def __init__(self, steps: list[Any]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.steps = steps
-        self.buffers: list[torch.Tensor] = []
-        self.strange: str | None = None
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func in _BUFFERS:
-            self.buffers.append(out)
-        elif func is aten._assert_async.msg:
-            self.steps.append(_Assertion(*args))
-        elif func not in _VIEWS:
-            self.strange = self.strange or str(func)
-        return out
-
-
-class Plan:
-    """What to do again: ``run`` maps the pointers of the tensor arguments to the results.
-
-    ``kept`` is for whoever needs more of the signature; it begins as None. ``here`` tells whether the
-    plan's device is the current one, where there are several.
-    """
-
-    __slots__ = ("here", "kept", "run")
-
-    def __init__(self, run: Call, here: Callable[[], bool] | None) -> None:
-        self.run, self.here = run, here
-        self.kept: Any = None
-
-
-class _Unknown(Exception):
-    """A recording has a tensor that comes from nowhere."""
-
-
-class _Slots:
-    """Numbers the pointers of a recording: arguments, buffers, None, and places inside of either.
-
-    What a function gets from torch.empty is another object than what the mode saw, on the same
-    storage; arguments are the objects they were, and several may share a storage.
-    """
-
-    def __init__(self, given: Sequence[torch.Tensor | None], buffers: list[torch.Tensor]) -> None:
-        self.given, self.buffers = given, buffers
-        self.none = len(given) + len(buffers)
-        self.inside: list[tuple[int, int]] = []
-
-    def of(self, t: torch.Tensor | None) -> int:
-        """The slot of a launched tensor."""
-        if t is None:
-            return self.none
-        for at, other in enumerate(self.given):
-            if other is t:
-                return at
-        around = [
-            at
-            for at, other in enumerate((*self.given, *self.buffers))
-            if other is not None and _storage(other) == _storage(t)
-        ]
-        if len(around) != 1:
-            raise _Unknown
-        origin = (*self.given, *self.buffers)[around[0]]
-        assert origin is not None
-        offset = t.data_ptr() - origin.data_ptr()
-        if not offset:
-            return around[0]
-        self.inside.append((around[0], offset))
-        return self.none + len(self.inside)
-
-    def buffer(self, t: torch.Tensor) -> int:
-        """Which buffer a whole tensor is."""
-        for at, other in enumerate(self.buffers):
-            if _storage(other) == _storage(t):
-                if _layout(other) != _layout(t):
-                    break
-                return at
-        raise _Unknown
-
-
-def _storage(t: torch.Tensor) -> int:
-    return int(t.untyped_storage()._cdata)
-
-
-def _layout(t: torch.Tensor) -> tuple[Any, ...]:
-    return t.shape, t.stride(), t.dtype, t.storage_offset()
-
-
-def plan_of(watch: _Watch, given: Sequence[torch.Tensor | None], out: Any) -> Plan | None:
-    """The plan of what was recorded with the tensor arguments ``given``; None if there is none."""
-    device = next(t.device for t in given if t is not None)
-    if watch.strange is not None or any(b.device != device for b in watch.buffers):
-        return None
-    slots = _Slots(given, watch.buffers)
-    try:
-        if isinstance(out, torch.Tensor):
-            results: Call = _one_of(slots.buffer(out))
-        else:
-            results = picker([slots.buffer(t) for t in out])
-        return Plan(_repeat(device, watch.steps, slots, results), _presence(device))
-    except _Unknown:
-        return None
-
-
-def _one_of(at: int) -> Call:
-    return lambda buffers: buffers[at]
-
-
-def _presence(device: torch.device) -> Callable[[], bool] | None:
-    if device.type != "cuda" or torch.cuda.device_count() == 1:
-        return None
-    current, index = torch._C._cuda_getDevice, device.index
-    return lambda: current() == index
-
-
-def _launch(step: Launch, slots: _Slots) -> tuple[Any, ...]:
-    """A launch as (run, what comes before the stream, after it, a picker of pointers, the rest)."""
-    compiled = step.compiled
-    if compiled is None:
-        raise _Unknown
-    pick = picker([slots.of(t) for t in step.tensors])
-    before = (*step.grid, 1)
-    after = (compiled.function, compiled.packed_metadata, None, None, None)
-    return compiled.run, before, after, pick, step.numbers + step.constants
-
-
-def _assertion(step: _Assertion, slots: _Slots) -> Call:
-    at, message = slots.buffer(step.tensor), step.message
-    return lambda buffers: torch._assert_async(buffers[at], message)
-
-
-def _allocator(device: torch.device) -> Call:
-    """(sizes, strides, dtype) to a tensor on the current device of this type.
-
-    Inductor's own way to make buffers takes a third of the time of torch.empty_strided.
-    """
-    quick: Call | None = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
-    if quick is not None:
-        return quick
-    return lambda sizes, strides, dtype: torch.empty_strided(
-        sizes, strides, dtype=dtype, device=device
-    )
-
-
-def _repeat(device: torch.device, steps: list[Any], slots: _Slots, results: Call) -> Call:
-    """The function that a plan runs; ``pointers`` is a list that it may append to."""
-    sizes = [(tuple(b.shape), b.stride(), b.dtype) for b in slots.buffers]
-    launches = [_launch(s, slots) for s in steps if isinstance(s, Launch)]
-    assertions = [_assertion(s, slots) for s in steps if isinstance(s, _Assertion)]
-    new, inside = _allocator(device), slots.inside
-    index = -1 if device.index is None else device.index
-
-    def run(pointers: list[Any]) -> Any:
-        buffers = []
-        for size, stride, dtype in sizes:
-            b = new(size, stride, dtype)
-            buffers.append(b)
-            pointers.append(b.data_ptr())
-        pointers.append(None)
-        for at, offset in inside:
-            pointers.append(pointers[at] + offset)
-        stream = current_stream(index)
-        for launch, before, after, pick, rest in launches:
-            launch(*before, stream, *after, *pick(pointers), *rest)
-        for check in assertions:  # of the last values: a buffer is written once
-            check(buffers)
-        return results(buffers)
-
-    return run
+_NO_PLAN = (None, None, None)
 
 
 class Planned(NamedTuple):
@@ -265,18 +53,19 @@ def planned(host: Call, schema: Any, device: str = "cuda") -> Planned:
     """``host``, the function that ``schema``'s operator has registered for ``device``."""
     known: dict[Any, Any] = {}
     kinds = [str(a.real_type) for a in schema.arguments]
-    at = tuple(i for i, k in enumerate(kinds) if k in ("Tensor", "Optional[Tensor]"))
-    tensors_of = picker(at)
-    look = _looker(known, kinds, at, _admission(kinds, device))
+    at = tuple(i for i, k in enumerate(kinds) if "Tensor" in k)
+    nested = any("List[" in kinds[i] for i in at)
+    tensors_of = _flattened(at) if nested else picker(at)
+    look = _looker(known, kinds, at, tensors_of, admission(kinds, device))
 
-    def settle(found: tuple[Any, Any], values: tuple[Any, ...]) -> Any:
-        plan, rest = found
+    def settle(found: tuple[Any, Any, Any], values: tuple[Any, ...]) -> Any:
+        plan, tensors, rest = found
         if plan is not None:
-            return plan.run(rest)
+            return plan.run(tensors, rest)
         if rest is None:
             return host(*values)
         if rest in known:
-            return _record(host, values, tensors_of(values), known, rest)
+            return _record(host, values, tensors, known, rest, nested)
         out = host(*values)  # shapes that never come again are not worth a recording
         if len(known) >= _MOST:
             known.clear()
@@ -290,22 +79,90 @@ def planned(host: Call, schema: Any, device: str = "cuda") -> Planned:
     return Planned(look, settle, call, at)
 
 
+def _flattened(at: tuple[int, ...]) -> Call:
+    """A function that takes the values at these positions, those of lists one by one."""
+
+    def flattened(values: tuple[Any, ...]) -> list[Any]:
+        flat: list[Any] = []
+        for i in at:
+            value = values[i]
+            if value.__class__ is list or value.__class__ is tuple:
+                flat.extend(value)
+            else:
+                flat.append(value)
+        return flat
+
+    return flattened
+
+
 def _looker(
-    known: dict[Any, Any], kinds: list[str], at: tuple[int, ...], admissible: Call
-) -> Callable[[tuple[Any, ...]], tuple[Any, Any] | None]:
-    """``Planned.look``: gives (plan, pointers), or (None, the signature to learn), or (None, None)."""
-    tensors_of, constants_of = picker(at), picker([i for i in range(len(kinds)) if i not in at])
-    lists = any(k.startswith("List[") for k in kinds)
+    known: dict[Any, Any], kinds: list[str], at: tuple[int, ...], tensors_of: Call, admissible: Call
+) -> Callable[[tuple[Any, ...]], tuple[Any, Any, Any] | None]:
+    """``Planned.look``: gives (plan, tensors, pointers), or without a plan the signature to learn."""
+    constants_of = _constants(kinds, at)
     modes = torch._C._len_torch_dispatch_stack
     transforms = torch._C._are_functorch_transforms_active
+    search = _searcher(known, admissible)
+    recent: tuple[Seen, ...] = ()
+    lessons = _LESSONS if POSSIBLE else 0
 
-    def look(values: tuple[Any, ...]) -> tuple[Any, Any] | None:
+    def look(values: tuple[Any, ...]) -> tuple[Any, Any, Any] | None:
+        nonlocal recent, lessons
         if modes() or transforms():
             return None
+        tensors, constants = tensors_of(values), constants_of(values)
+        for plan, expected, present, agrees, gaps in recent:
+            if constants != expected or (gaps and any(tensors[i] is not None for i in gaps)):
+                continue
+            if agrees(*(there := present(tensors))):
+                pointers: list[int | None] = [*map(_pointer, there)]
+                bits = 0
+                for pointer in pointers:
+                    bits |= pointer  # type: ignore[operator]
+                if bits & 15 or 0 in pointers:
+                    break
+                for gap in gaps:
+                    pointers.insert(gap, None)
+                return _ready(plan, tensors, pointers)
+        out: tuple[Any, Any, Any] | None = search(values, tensors, constants)
+        if lessons and out is not None and out[0] is not None:
+            lessons -= 1
+            recent = (seen(out[0], tensors, constants), *recent)[:_RECENT]
+        return out
+
+    return look
+
+
+def _ready(plan: Plan, tensors: Sequence[Any], pointers: list[Any]) -> tuple[Any, Any, Any]:
+    """What ``look`` gives for a plan, which may not be for here and now."""
+    if hooked() or not (plan.here is None or plan.here()):
+        return _NO_PLAN
+    tensors = list(tensors)
+    if plan.holds is not None and not plan.holds(tensors):
+        return _NO_PLAN
+    return plan, tensors, pointers
+
+
+def _constants(kinds: list[str], at: tuple[int, ...]) -> Call:
+    """A function that takes what is no tensor of the arguments, lengths of lists of tensors included."""
+    constants_of = picker([i for i in range(len(kinds)) if i not in at])
+    lists = [i for i in at if kinds[i].startswith("List[")]
+    if not lists:
+        return constants_of
+    lists_of = picker(lists)
+    return lambda values: (*constants_of(values), *map(len, lists_of(values)))
+
+
+def _searcher(known: dict[Any, Any], admissible: Call) -> Call:
+    """``look`` by the whole signature, where neither modes nor transforms are active."""
+
+    def search(
+        values: tuple[Any, ...], tensors: Sequence[Any], constants: tuple[Any, ...]
+    ) -> tuple[Any, Any, Any] | None:
         bits = 0
         signature: list[Any] = []
         pointers: list[int | None] = []
-        for t in tensors_of(values):
+        for t in tensors:
             if t is None:
                 signature.append(None)
                 pointers.append(None)
@@ -318,55 +175,36 @@ def _looker(
             bits |= pointer
             pointers.append(pointer)
             signature += (t.shape, t.stride(), t.dtype, t.device)
-        constants = constants_of(values)
-        if lists:
-            constants = tuple(tuple(c) if type(c) is list else c for c in constants)
         try:
-            key = (*signature, *constants)
+            key = (*signature, *[tuple(c) if type(c) is list else c for c in constants])
             plan = known.get(key, _UNSEEN)
         except TypeError:  # a constant without a hash is none that a schema asks for
             return None
         if plan.__class__ is Plan:
-            if bits & 15 or hooked() or (plan.here is not None and not plan.here()):
-                return None, None
-            return plan, pointers
+            return _NO_PLAN if bits & 15 else _ready(plan, tensors, pointers)
         if not admissible(values):
             return None
-        return None, None if plan is _REFUSED or bits & 15 else key
+        return None, tensors, None if plan is _REFUSED or bits & 15 else key
 
-    return look
-
-
-def _admission(kinds: list[str], device: str) -> Callable[[tuple[Any, ...]], bool]:
-    """Whether arguments are what a dispatcher would bring to the host function unconverted."""
-
-    def admissible(values: tuple[Any, ...]) -> bool:
-        for value, kind in zip(values, kinds, strict=True):
-            if isinstance(value, torch.Tensor):
-                if value.device.type != device or "Tensor" not in kind:
-                    return False
-            elif type(value) not in _TYPES.get(kind, (type(value),)):
-                return False
-        return True
-
-    return admissible
+    return search
 
 
 def _record(
-    host: Call, values: tuple[Any, ...], given: Sequence[Any], known: dict[Any, Any], key: Any
+    host: Call,
+    values: tuple[Any, ...],
+    given: Sequence[Any],
+    known: dict[Any, Any],
+    key: Any,
+    nested: bool,
 ) -> Any:
-    """Run the host function and make its plan, unless two arguments cannot be told apart."""
+    """Run the host function and make its plan.
+
+    Not so where two arguments are one tensor, since a plan for that serves nobody else; but lists
+    often have one tensor several times, and then always.
+    """
     there = [id(t) for t in given if t is not None]
-    if len(set(there)) < len(there) or recorder.launches is not None:
+    if recorder.steps is not None or (not nested and len(set(there)) < len(there)):
         return host(*values)
-    steps: list[Any] = []
-    watch = _Watch(steps)
-    recorder.launches = steps
-    try:
-        with watch:
-            out = host(*values)
-    finally:
-        recorder.launches = None
-    plan = plan_of(watch, given, out)
+    out, plan = record(host, values, given)
     known[key] = _REFUSED if plan is None else plan
     return out

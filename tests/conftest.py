@@ -14,6 +14,8 @@ if not torch.cuda.is_available():
     # Without a GPU the Triton kernels run in Triton's interpreter; read at triton's import.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from collections.abc import Iterator
+
 import pytest
 from backends import backend, kernels  # noqa: F401  fixtures, after the choice above
 
@@ -31,3 +33,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _deterministic() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _give_back_memory() -> Iterator[None]:
+    """Several processes share a GPU (tests/gpu.sh): none keeps what its largest test has taken."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**30:
+        torch.cuda.empty_cache()

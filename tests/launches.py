@@ -37,7 +37,10 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel compiled for one target: bytes (or registers, on AMD) spilled, registers, bytes."""
+    """One kernel compiled for one target: bytes (or registers, on AMD) spilled, registers, bytes.
+
+    ``chained`` counts the float32 products that go on with a sum instead of starting one of their own.
+    """
 
     target: str
     label: str
@@ -46,6 +49,7 @@ class Compiled:
     registers: int
     shared: int
     warps: int
+    chained: int
 
 
 def assert_no_spills(module: str, target: str) -> None:
@@ -131,6 +135,12 @@ def _resources(kernel: Any) -> tuple[int, int]:
     return int(found[2]), int(found[1])
 
 
+def _chained(kernel: Any) -> int:
+    """Products of float32 operands whose third operand is not the constant zero."""
+    dots = re.findall(r"tt\.dot %\S+, %\S+, %(\S+).*x(f\d+)> \* tensor<", kernel.asm["ttir"])
+    return sum(dtype == "f32" and not total.startswith("cst") for total, dtype in dots)
+
+
 def _main(module: str) -> None:
     from triton.runtime import driver
 
@@ -147,7 +157,7 @@ def _main(module: str) -> None:
                 launch()
                 for name, kernel in made[first:]:
                     meta = kernel.metadata
-                    numbers = (*_resources(kernel), meta.shared, meta.num_warps)
+                    numbers = (*_resources(kernel), meta.shared, meta.num_warps, _chained(kernel))
                     results.append(asdict(Compiled(target, label, name, *numbers)))
     print(json.dumps(results))
 

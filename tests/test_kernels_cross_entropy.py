@@ -345,6 +345,7 @@ def test_a_label_out_of_range_stops_the_device(op: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_offsets_beyond_two_to_the_31() -> None:
     rows, vocab = 17_000, 131_072
     logits = torch.empty(rows, vocab, dtype=torch.bfloat16, device="cuda").normal_()

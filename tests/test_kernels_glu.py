@@ -273,6 +273,7 @@ def test_kernels_compile_without_spills() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_offsets_beyond_two_to_the_31() -> None:
     rows, width = 75_000, 14_336
     both = torch.empty(rows, 2 * width, dtype=torch.bfloat16, device="cuda").normal_()

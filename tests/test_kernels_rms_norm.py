@@ -252,6 +252,7 @@ def test_fake_agrees(backend: Backend) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_offsets_past_2_to_the_31() -> None:
     x = torch.randn(2**19 + 8, 4096, device="cuda", dtype=torch.bfloat16)
     y = OP(x, None, EPS, 0.0, "output", x.dtype)[0]

@@ -272,6 +272,7 @@ def test_large_shapes(shape: tuple[int, int, int], dtypes: tuple[torch.dtype, to
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_offsets_past_2_to_the_31() -> None:
     m = torch.randn(2**17 + 8, 16448, device="cuda", dtype=BF16)
     v, u = (torch.randn(n, 8, device="cuda", dtype=BF16) for n in (16448, m.shape[0]))
@@ -331,6 +332,15 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 def test_compiles_without_spills(target: str) -> None:
     """Not for sm_75, which has no bfloat16 in its tensor cores: the reference serves it."""
     assert_no_spills(__name__, target)
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t != "sm_75"])
+def test_sums_in_float32_stay_short(target: str) -> None:
+    """A tile's products are summed by themselves, which the compiler undoes if it may."""
+    compiled = [c for c in compile_launches(__name__) if c.target == target]
+    single = [c for c in compiled if "float32 torch.float32" in c.label]
+    assert {"left_products", "right_products"} <= {c.kernel for c in single}
+    assert not any(c.chained for c in single)
 
 
 def test_the_small_copies_compile_for_old_devices() -> None:

@@ -25,7 +25,7 @@ from fusewright.kernels import room
 @pytest.fixture(autouse=True)
 def served(monkeypatch: pytest.MonkeyPatch) -> None:
     """The augmented product pays everywhere."""
-    monkeypatch.setattr(room, "serves", lambda device: True)
+    monkeypatch.setattr(room, "serves", lambda *_: True)
 
 
 def adapted(**options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -51,6 +52,14 @@ def test_optimize_returns_the_same_object(eager: Any) -> None:
     assert fusewright.optimize(eager, lowering="fx") is eager
     assert isinstance(eager, type(models.build("llama")))
     assert fusewright.restore(eager) is eager
+
+
+def test_forwards_keep_their_signatures(eager: Any, ours: Any) -> None:
+    """Trainers choose columns, and ``generate`` its arguments, by a forward's parameters."""
+    for (name, a), b in zip(ours.named_modules(), eager.modules(), strict=True):
+        assert inspect.signature(a.forward) == inspect.signature(b.forward), name
+        assert a.forward.__name__ == b.forward.__name__, name
+        assert a.forward.__doc__ == b.forward.__doc__, name
 
 
 def test_restore_is_complete(eager: Any) -> None:

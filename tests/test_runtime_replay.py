@@ -1,21 +1,20 @@
 """Plans give what the host functions give, and whoever wants to see an op still does.
 
-The kernels run in Triton's interpreter; what a plan takes for a compiled kernel is an object that
-gets pointers, as a compiled kernel does, and makes tensors of them for the interpreter.
+The kernels run in Triton's interpreter, see ``repeated``.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from repeated import interpreted_launches
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusewright.kernels import catalogue, launcher
+from fusewright.kernels import catalogue
 from fusewright.runtime import op
 
 NAME = "fusewright_planned"
@@ -23,28 +22,6 @@ F32 = torch.float32
 CALLS: Counter[str] = Counter()  # of host functions, by op
 LOSS = (-100, "mean", 0.1, 0.0, 1.0, 0.0)
 NORM = (1e-6, 0.0, "output", F32)
-
-
-class _Compiled:
-    function = packed_metadata = 1
-
-    def __init__(self, owner: Any, tensors: Any, warps: int) -> None:
-        self.owner, self.warps = owner, warps
-        self.dtypes = [None if t is None else t.dtype for t in tensors]
-
-    def run(self, x: int, y: int, z: int, *rest: Any) -> None:
-        given = rest[6:]
-        count = len(self.dtypes)
-        tensors = [_at(p, d) for p, d in zip(given[:count], self.dtypes, strict=True)]
-        kernel, options = self.owner.kernel, self.owner._options
-        kernel[(x, y)](*tensors, *given[count:], num_warps=self.warps, **options)
-
-
-def _at(pointer: int | None, dtype: torch.dtype | None) -> torch.Tensor | None:
-    if pointer is None or dtype is None:
-        return None
-    memory = (ctypes.c_char * dtype.itemsize).from_address(pointer)
-    return torch.frombuffer(memory, dtype=dtype)
 
 
 def _counted(name: str, function: Any) -> Any:
@@ -59,13 +36,6 @@ def _counted(name: str, function: Any) -> Any:
 def ops() -> Any:
     if torch.cuda.is_available():
         pytest.skip("the kernels are compiled in this process")
-    original = launcher.Launcher._launch
-
-    def launch(self: Any, grid: Any, tensors: Any, numbers: Any, constants: Any, warps: int) -> Any:
-        original(self, grid, tensors, numbers, constants, warps)
-        return _Compiled(self, tensors, warps)
-
-    launcher.Launcher._launch = launch  # type: ignore[method-assign]
     kept, op._NAMESPACE = op._NAMESPACE, NAME
     library = torch.library.Library(NAME, "DEF")
     for spec in catalogue():
@@ -74,8 +44,8 @@ def ops() -> Any:
             pair = _counted(spec.name, forward), _counted(spec.name + "_backward", backward)
             op.register(dataclasses.replace(spec, triton=pair), library, "cpu")
     op._NAMESPACE = kept
-    yield getattr(torch.ops, NAME)
-    launcher.Launcher._launch = original  # type: ignore[method-assign]
+    with interpreted_launches():
+        yield getattr(torch.ops, NAME)
     library._destroy()
 
 
@@ -153,14 +123,32 @@ def test_other_pointers_and_shapes_take_the_host_function(ops: Any) -> None:
         assert CALLS["activation"] == before
 
 
-def test_strided_rows_are_never_planned(ops: Any) -> None:
-    """A copy is no step of a plan; the result stays right."""
+def test_many_signatures_in_turn(ops: Any) -> None:
+    """More of them than are asked first: shapes, strides, an absent weight, gradients, constants."""
+    cases = [(n, w, grad) for n in (8, 16, 24) for w in (False, True) for grad in (False, True)]
+    for turn in range(5):
+        for width, weighted, grad in cases:
+            for eps in (1e-6, 0.5):
+                x = _new(2, 5, width + 4)[..., :width] if width == 24 else _new(2, 5, width)
+                x.requires_grad_(grad)
+                w = _new(width) if weighted else None
+                before = CALLS["rms_norm"]
+                y = ops.rms_norm(x, w, eps, 0.0, "output", F32)[0]
+                assert y.requires_grad == grad
+                # two calls of each signature, of which requires_grad is none, teach it
+                assert CALLS["rms_norm"] - before == (turn == 0)
+                expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+                torch.testing.assert_close(y, expected if w is None else expected * w)
+
+
+def test_strided_rows_are_copied_by_the_plan_too(ops: Any) -> None:
     for _ in range(4):
         x = _new(4, 3, 8).permute(1, 0, 2)[:, ::2]
         x = x.expand(3, 2, 8)[..., ::2]
-        before = CALLS["glu"]
-        torch.testing.assert_close(ops.glu(x, x, "relu", F32), x.relu() * x)
-        assert CALLS["glu"] == before + 1
+        torch.testing.assert_close(ops.glu(x, 2 * x, "relu", F32), x.relu() * 2 * x)
+    before = CALLS["glu"]
+    torch.testing.assert_close(ops.glu(x, 2 * x, "relu", F32), x.relu() * 2 * x)
+    assert CALLS["glu"] == before
 
 
 def test_one_tensor_twice(ops: Any) -> None:

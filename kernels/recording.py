@@ -1,0 +1,77 @@
+"""What a host function tells to whoever records it, so that it can be repeated without being run.
+
+A recording sees launches and operations by itself (``fusewright.runtime.recording``). Two things it
+cannot see are said here: what else than shapes, strides, dtypes and constants the function looked at,
+and which tensors it made out of addresses. Outside of a recording nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Launch(NamedTuple):
+    """One launch: the compiled kernel (None under the interpreter) and what it was given."""
+
+    compiled: Any
+    grid: tuple[int, int]
+    tensors: tuple[torch.Tensor | None, ...]
+    numbers: tuple[float, ...]
+    constants: tuple[Any, ...]
+
+
+class Condition(NamedTuple):
+    """``check`` of these tensors was true, and must be true wherever the recording is repeated."""
+
+    tensors: tuple[torch.Tensor, ...]
+    check: Callable[..., bool]
+
+
+class Table(NamedTuple):
+    """``table`` is what ``make`` gives for the addresses of ``tensors``; it keeps what it made."""
+
+    table: torch.Tensor
+    tensors: tuple[torch.Tensor, ...]
+    make: Callable[[tuple[int, ...]], torch.Tensor]
+
+
+class Alias(NamedTuple):
+    """``tensor``, on a storage of its own, begins where ``other`` does and goes on in its memory."""
+
+    tensor: torch.Tensor
+    other: torch.Tensor
+
+
+class _Recorder(threading.local):
+    """Where this thread's steps are written down, if anywhere."""
+
+    steps: list[Any] | None = None
+
+
+recorder = _Recorder()
+
+
+def condition(tensors: Sequence[torch.Tensor], check: Callable[..., bool]) -> None:
+    """Note that the function relied on ``check(*tensors)``, of its arguments or views of them."""
+    if recorder.steps is not None:
+        recorder.steps.append(Condition(tuple(tensors), check))
+
+
+def alias(tensor: torch.Tensor, other: torch.Tensor) -> None:
+    """Note that a tensor is other memory's, see ``Alias``."""
+    if recorder.steps is not None:
+        recorder.steps.append(Alias(tensor, other))
+
+
+def table(
+    made: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    make: Callable[[tuple[int, ...]], torch.Tensor],
+) -> None:
+    """Note that ``made`` depends on the addresses of these tensors alone."""
+    if recorder.steps is not None:
+        recorder.steps.append(Table(made, tuple(tensors), make))
