@@ -25,6 +25,7 @@ from fusewright.compiler.rewrite import call, item
 
 aten = torch.ops.aten
 
+_GATHERS = (aten.gather.default, aten.take_along_dim.default)
 _NONE_IGNORED = -(2**31)  # no label that a gather would take
 
 
@@ -37,6 +38,7 @@ class _Site:
     out: fx.Node
     nodes: frozenset[fx.Node]
     dropped: bool  # whether the gathered dimension of width one is gone
+    negated: bool = False  # the logsumexp less the entry: the loss itself
 
 
 class LogProbabilities:
@@ -45,22 +47,26 @@ class LogProbabilities:
     name = "log_probabilities"
 
     def anchors(self, graph: fx.Graph) -> Iterator[fx.Node]:
-        """Gathers of one entry a row beside a log_softmax or a logsumexp."""
+        """Gathers from a log_softmax, or from rows whose logsumexp is subtracted."""
         for node in ir.calls(graph):
-            if _picks(node) and (_log_softmax(node) is not None or _difference(node) is not None):
+            if not ir.is_call(node, *_GATHERS) or not ir.is_floating(_gathered(node)[0]):
+                continue
+            if _is_log_softmax(_gathered(node)[0]) or _difference(node) is not None:
                 yield node
 
     def candidates(self, anchor: fx.Node) -> Iterator[Candidate]:
         """Claims about the gather at ``anchor``, with the cast of the logits first."""
         source, index = _gathered(anchor)
         rank = len(ir.shape(source))
+        if not _along_classes(anchor) or ir.last(index) != 1:
+            raise Refused("it does not take one class of each row")
         if len(ir.shape(index)) != rank or not ir.hold_equal(source, index, range(rank - 1)):
             raise Refused("there is not one label for each row")
         if not isinstance(ir.last(source), int):
             raise Refused("the number of classes is not static")
         site = _of_log_softmax(anchor) or _of_difference(anchor)
         if site is None:
-            raise Refused("the logsumexp is not of the rows that are gathered from")
+            raise Refused("it is not of a log_softmax over the classes, nor less their logsumexp")
         wide = site
         while ir.widens(wide.logits):
             below: Any = ir.argument(wide.logits, 0)
@@ -75,16 +81,18 @@ def _gathered(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     return ir.argument(node, 0), ir.argument(node, 1 if along else 2)
 
 
-def _picks(node: fx.Node) -> bool:
-    """Whether the call takes one entry of each row, along the last dimension."""
-    if not ir.is_call(node, aten.gather.default, aten.take_along_dim.default):
-        return False
-    source, index = _gathered(node)
+def _along_classes(node: fx.Node) -> bool:
+    """Whether a gather is along the last dimension of rows."""
+    source, _ = _gathered(node)
     dim = ir.argument(node, 2 if node.target is aten.take_along_dim.default else 1)
-    if not ir.is_floating(source) or not isinstance(dim, int) or not ir.is_tensor(index):
-        return False
     rank = len(ir.shape(source))
-    return rank >= 2 and dim % rank == rank - 1 and ir.last(index) == 1
+    return rank >= 2 and isinstance(dim, int) and dim % rank == rank - 1
+
+
+def _is_log_softmax(node: Any) -> bool:
+    while ir.is_cast(node):
+        node = node.args[0]
+    return ir.is_call(node, aten.log_softmax.int)
 
 
 def _log_softmax(picked: fx.Node) -> fx.Node | None:
@@ -122,18 +130,28 @@ def _of_log_softmax(picked: fx.Node) -> _Site | None:
     return _Site(rows, index, out, frozenset({source, picked, out}), short is not None)
 
 
-def _difference(picked: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
-    """(subtraction, logsumexp, dropped) where a logsumexp is subtracted from the gathered entries."""
+@dataclass(frozen=True)
+class _Difference:
+    """Gathered entries less a logsumexp, or the other way round."""
+
+    out: fx.Node
+    total: fx.Node
+    dropped: bool
+    negated: bool
+
+
+def _difference(picked: fx.Node) -> _Difference | None:
+    """The subtraction that the gathered entries and a logsumexp of the same shape go into."""
     short = _dropped(picked)
     for taken in (picked, short):
         for user in () if taken is None else taken.users:
-            if not ir.is_call(user, aten.sub.Tensor) or user.args[0] is not taken or user.kwargs:
+            if not ir.is_call(user, aten.sub.Tensor) or user.kwargs or len(user.args) != 2:
                 continue
-            other: Any = user.args[1]
+            other: Any = ir.other_operand(user, taken)
             if ir.is_call(other, aten.logsumexp.default):
                 kept = bool(ir.argument(other, 2, False))
                 if kept is (taken is picked):
-                    return user, other, taken is short
+                    return _Difference(user, other, taken is short, user.args[1] is taken)
     return None
 
 
@@ -141,18 +159,17 @@ def _of_difference(picked: fx.Node) -> _Site | None:
     found = _difference(picked)
     if found is None:
         return None
-    out, total, dropped = found
     source, index = _gathered(picked)
-    nodes = {picked, out, total, *([] if not dropped else [out.args[0]])}
-    summed: Any = total.args[0]
-    below = [ir.strip_casts(n) for n in (source, summed)]
-    if below[0] is not below[1] or not ir.last_dim_only(summed, total.args[1]):
+    summed: Any = found.total.args[0]
+    rows = ir.strip_casts(source)
+    if rows is not ir.strip_casts(summed) or not ir.last_dim_only(summed, found.total.args[1]):
         return None
+    nodes = {picked, found.out, found.total, *(u for u in picked.users if found.dropped)}
     for node in (source, summed):
-        while node is not below[0]:
+        while node is not rows:
             nodes.add(node)
             node = node.args[0]  # type: ignore[assignment]
-    return _Site(below[0], index, out, frozenset(nodes), dropped)  # type: ignore[arg-type]
+    return _Site(rows, index, found.out, frozenset(nodes), found.dropped, found.negated)
 
 
 def _claim(site: _Site) -> Candidate:
@@ -160,6 +177,7 @@ def _claim(site: _Site) -> Candidate:
 
     def formula(t: dict[str, Any], rounder: Rounder) -> list[torch.Tensor]:
         taken = torch.log_softmax(t["logits"], -1).gather(-1, t["labels"])
+        taken = -taken if site.negated else taken
         return [taken.squeeze(-1) if site.dropped else taken]
 
     def emit(graph: fx.Graph, read: Mapping[str, Any]) -> list[fx.Node]:
@@ -167,7 +185,7 @@ def _claim(site: _Site) -> Candidate:
         labels = call(graph, aten.reshape.default, (read["labels"], [-1]), out)
         args = (rows, labels, _NONE_IGNORED, "none", 0.0, 0.0, 1.0, 0.0)
         loss = item(graph, call(graph, torch.ops.fusewright.cross_entropy.default, args, out), 0)
-        taken = call(graph, aten.neg.default, (loss,), out)
+        taken = loss if site.negated else call(graph, aten.neg.default, (loss,), out)
         taken = call(graph, aten.reshape_as.default, (taken, read["labels"]), out)
         if site.dropped:
             taken = call(graph, aten.squeeze.dim, (taken, -1), out)
