@@ -36,7 +36,8 @@ FAMILY = {
     "rms_norm": "norm", "layer_norm": "norm", "add_rms_norm": "norm", "gated_rms_norm": "norm",
     "l2_norm": "norm", "group_norm": "norm",
     "rope": "rope", "glu": "glu", "moe_glu": "glu",
-    "cross_entropy": "loss", "linear_cross_entropy": "loss", "qk_norm_rope": "norm",
+    "cross_entropy": "loss", "linear_cross_entropy": "loss", "log_probabilities": "loss",
+    "qk_norm_rope": "norm",
 }  # fmt: skip
 
 
@@ -317,7 +318,7 @@ def _fired(ours: Any) -> dict[str, Counter[str]]:
             for region in record.modules:
                 path = f"{region}.{match.module}".strip(".")
                 family = FAMILY.get(match.pattern)
-                if family is not None:
+                if family is not None and not match.refines:  # an earlier match counts that site
                     found[family][_unwrapped(path)] += match.candidate.share
     return found
 

@@ -82,11 +82,30 @@ def alike(a: fx.Node, b: fx.Node) -> bool:
     )
 
 
-def _guarded_equal(x: Any, y: Any) -> bool:
-    try:
-        return bool(traced(x) == traced(y) > 1)
-    except KeyError:  # a size that depends on values has no number
+def hold_equal(a: fx.Node, b: fx.Node, dims: range) -> bool:
+    """Whether two values have equal sizes in ``dims``; where nothing says so yet, it is guarded.
+
+    For calls that take unequal sizes too, such as a gather: the graph then holds for equal ones alone,
+    and others are captured anew.
+    """
+    shapes = value(a).shape, value(b).shape
+    pairs = [(shapes[0][d], shapes[1][d]) for d in dims]
+    if any(_number(x) is None or _number(x) != _number(y) for x, y in pairs):
         return False
+    return all(_settled(x) == _settled(y) or bool(x == y) for x, y in pairs)
+
+
+def _number(size: Any) -> int | None:
+    """The size when the graph was traced; None for one that depends on values."""
+    try:
+        return int(traced(size))
+    except KeyError:
+        return None
+
+
+def _guarded_equal(x: Any, y: Any) -> bool:
+    number = _number(x)
+    return number is not None and number > 1 and number == _number(y)
 
 
 def _settled(size: Any) -> Any:

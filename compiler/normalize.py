@@ -29,7 +29,7 @@ from fusewright.compiler.legality import mutations, storage_root
 aten = torch.ops.aten
 
 # torch's other names for one operator, of the same signature; pre-dispatch tracing keeps them apart.
-_OTHER_NAMES = {
+_OTHER_NAMES: dict[Any, Any] = {
     aten.multiply.Tensor: aten.mul.Tensor,
     aten.multiply.Scalar: aten.mul.Scalar,
     aten.divide.Tensor: aten.div.Tensor,

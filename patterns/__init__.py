@@ -9,6 +9,7 @@ from fusewright.patterns.cross_entropy import CrossEntropy, LinearCrossEntropy
 from fusewright.patterns.gated_rms_norm import GatedRMSNorm
 from fusewright.patterns.glu import GLU
 from fusewright.patterns.layer_norm import LayerNorm
+from fusewright.patterns.log_probabilities import LogProbabilities
 from fusewright.patterns.lora import LoRA
 from fusewright.patterns.qk_norm_rope import QKNormRoPE
 from fusewright.patterns.rms_norm import RMSNorm
@@ -18,6 +19,7 @@ from fusewright.patterns.rope_complex import ComplexRoPE
 DEFAULT: tuple[Pattern, ...] = (
     LinearCrossEntropy(),
     CrossEntropy(),
+    LogProbabilities(),
     LayerNorm(),
     RMSNorm(),
     RoPE(),

@@ -3,7 +3,7 @@
     z = scale x W^T + b          z' = softcap tanh(z / softcap)
     loss = sum over rows of [lse(z') - z'_label] / denominator, with label smoothing
 
-Anchor: the library's cross-entropy. Upwards lie casts, views, a logit scale and a softcap, a slice
+Anchor: the library's cross-entropy, or its nll_loss of a log_softmax. Upwards lie casts, views, a logit scale and a softcap, a slice
 of the tokens (a shift by hand), and the projection; downwards a division by the number of items.
 With the projection the logits are never whole: see kernels/linear_cross_entropy.py. Class weights
 are not offered by the kernels.
@@ -23,10 +23,12 @@ from fusewright.compiler import ir
 from fusewright.compiler.match import Refused
 from fusewright.compiler.prove import Candidate, Rounder
 from fusewright.compiler.rewrite import call, item
+from fusewright.patterns.log_probabilities import log_softmax_of
 
 aten = torch.ops.aten
 
 _REDUCTIONS = ("none", "mean", "sum")
+_LIKELIHOODS = (aten.nll_loss_nd.default, aten.nll_loss.default)
 _RESHAPES = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
 
 
@@ -48,8 +50,9 @@ class _Loss:
 
 
 def anchors(graph: fx.Graph) -> Iterator[fx.Node]:
-    """The library's cross-entropies."""
-    return (n for n in ir.calls(graph) if ir.is_call(n, aten.cross_entropy_loss.default))
+    """The library's cross-entropies, and its losses of log-probabilities."""
+    kinds = (aten.cross_entropy_loss.default, *_LIKELIHOODS)
+    return (n for n in ir.calls(graph) if ir.is_call(n, *kinds))
 
 
 class LinearCrossEntropy:
@@ -94,10 +97,13 @@ def _losses(anchor: fx.Node) -> Iterator[_Loss]:
     smoothing = ir.argument(anchor, 5, 0.0)
     if weight is not None:
         raise Refused("class weights are not offered by the kernel")
-    if len(ir.shape(logits)) != 2 or ir.dtype(labels).is_floating_point:
+    made, above = len(ir.shape(logits)), frozenset[fx.Node]()
+    if ir.is_call(anchor, *_LIKELIHOODS):
+        logits, above = _under_log_softmax(logits)
+    if made != 2 or ir.dtype(labels).is_floating_point:
         raise Refused("the logits are not rows of classes with one label each")
     loss = _Loss(
-        logits, labels, None, anchor, frozenset({anchor}),
+        logits, labels, None, anchor, above | {anchor},
         _REDUCTIONS[reduction], ignore_index, smoothing,
     )  # fmt: skip
     users = list(anchor.users)
@@ -107,6 +113,18 @@ def _losses(anchor: fx.Node) -> Iterator[_Loss]:
         if users[0].args[0] is anchor and scalar:
             yield replace(loss, denominator=divisor, out=users[0], nodes=loss.nodes | {users[0]})
     yield loss
+
+
+def _under_log_softmax(node: fx.Node) -> tuple[fx.Node, frozenset[fx.Node]]:
+    """The logits of log-probabilities, and what lies between; views that keep the classes may."""
+    passed = {node}
+    while ir.is_call(node, *_RESHAPES) and ir.last(node) == ir.last(ir.argument(node, 0)):
+        node = ir.argument(node, 0)
+        passed.add(node)
+    logits = log_softmax_of(node)
+    if logits is None:
+        raise Refused("the loss is not of a log_softmax over the classes")
+    return logits, frozenset(passed)
 
 
 def _uncast(loss: _Loss) -> _Loss:
@@ -266,12 +284,17 @@ def _fused(loss: _Loss, linear: fx.Node) -> Candidate:
 
 
 def _plain(loss: _Loss) -> Candidate:
+    classes = ir.last(loss.logits)
+
     def formula(t: dict[str, Any], rounder: Rounder) -> list[torch.Tensor]:
-        return [_formula(loss, t["logits"], t)]
+        return [_formula(loss, t["logits"].reshape(-1, classes), t)]
 
     def emit(graph: fx.Graph, read: Mapping[str, Any]) -> list[fx.Node]:
+        rows = read["logits"]
+        if len(ir.shape(rows)) != 2:
+            rows = call(graph, aten.reshape.default, (rows, [-1, classes]), loss.out)
         args = (
-            read["logits"], read["labels"], loss.ignore_index, loss.reduction,
+            rows, read["labels"], loss.ignore_index, loss.reduction,
             loss.smoothing, loss.softcap, loss.scale, 0.0,
         )  # fmt: skip
         target = torch.ops.fusewright.cross_entropy.default
@@ -285,6 +308,6 @@ def _plain(loss: _Loss) -> Candidate:
         emit=emit,
         params=_params(loss),
         cast="output",
-        draw={"labels": _labels(loss, ir.shape(loss.logits)[1])},
+        draw={"labels": _labels(loss, classes)},
         kernel="cross_entropy",
     )

@@ -15,6 +15,7 @@ import pytest
 import test_patterns_cross_entropy
 import test_patterns_glu_near
 import test_patterns_layer_norm
+import test_patterns_log_probabilities
 import test_patterns_lora
 import test_patterns_rms_norm_near
 import test_patterns_rope_near
@@ -27,6 +28,7 @@ FAMILIES = (
     test_patterns_cross_entropy,
     test_patterns_glu_near,
     test_patterns_layer_norm,
+    test_patterns_log_probabilities,
     test_patterns_lora,
     test_patterns_rms_norm_near,
     test_patterns_rope_near,
