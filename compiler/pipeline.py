@@ -21,6 +21,7 @@ from torch import fx
 from fusewright.compiler import autocast, dump, ir, lazy, lower, rewrite, storage
 from fusewright.compiler.match import Match, find
 from fusewright.compiler.normalize import NotNormalizable, drop_dead, normalize, simplify
+from fusewright.compiler.partition import Asked
 from fusewright.compiler.records import GraphBreak, GraphRecord, Verdict
 from fusewright.compiler.session import Session
 from fusewright.compiler.storage import NeedsStorage
@@ -151,7 +152,7 @@ def _lower(
 ) -> Callable[..., Any]:
     """The asked-for lowering; plain FX where it refuses the graph."""
     record.lowering = lower.choose(session.options.lowering, gm.graph)
-    splitting = _splitting(session, record)
+    splitting = _splitting(gm.graph, session, record)
     if record.lowering == "fx" and splitting is None:
         return lower.lower(gm, example_inputs, "fx", device)
     kept = copy.deepcopy(gm)
@@ -168,7 +169,7 @@ def _lower(
         return lower.lower(kept, example_inputs, "fx", device)
 
 
-def _splitting(session: Session, record: GraphRecord) -> lower.Splitting | None:
+def _splitting(graph: fx.Graph, session: Session, record: GraphRecord) -> Asked | None:
     """Our partition for blocks that are to be differentiated.
 
     Under an activation checkpoint everything is kept: its recompute is followed by the backward at
@@ -179,7 +180,7 @@ def _splitting(session: Session, record: GraphRecord) -> lower.Splitting | None:
         return None
     if session.checkpointed():
         level = "keep"
-    return lower.Splitting(level, lambda chosen: setattr(record, "partitioned", chosen))
+    return Asked.of(graph, level, lambda chosen: setattr(record, "partitioned", chosen))
 
 
 def match_and_rewrite(
