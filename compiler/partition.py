@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,14 @@ class Asked:
         level: one of ``LEVELS``.
         tell: is handed what was chosen.
         parameters: places of the inputs that are parameters, and how many inputs there are.
+        look: is handed the joint graph as it was read, before anything is marked.
     """
 
     level: str
     tell: Callable[[Partitioned], None]
     parameters: tuple[int, ...] = ()
     inputs: int = 0
+    look: Callable[[Joint], None] | None = None
 
     @classmethod
     def of(cls, graph: fx.Graph, level: str, tell: Callable[[Partitioned], None]) -> Asked:
@@ -73,16 +75,8 @@ class Asked:
         return {*(known or ()), *ours}
 
 
-def split(
-    joint: fx.GraphModule, level: str, outputs: int, static: Collection[int]
-) -> Partitioned | None:
-    """Mark what is saved and what runs again on the joint graph's nodes.
-
-    None, and no marks, where the user's own checkpoint has marked it already.
-    """
-    if any(n.meta.get("recompute") is not None for n in joint.graph.nodes):
-        return None
-    read = Joint.read(joint.graph, outputs, static)
+def split(read: Joint, level: str) -> Partitioned:
+    """Mark what is saved and what runs again on the joint graph's nodes."""
     kept = cuts.minimum(read, cuts.keep)
     chosen = kept if level == "keep" else cuts.minimum(read)
     for node in chosen.saved:
@@ -122,9 +116,11 @@ def partition(
     joint.graph = fx_graph_cse(joint.graph)  # torch's own first step: the cut must see its outcome
     joint.recompile()
     static = asked.static(joint.graph, static_lifetime_input_indices)
-    chosen = split(joint, asked.level, num_fwd_outputs, static)
-    if chosen is not None:
-        asked.tell(chosen)
+    read = Joint.read(joint.graph, num_fwd_outputs, static)
+    if asked.look is not None:
+        asked.look(read)
+    if not any(n.meta.get("recompute") is not None for n in joint.graph.nodes):
+        asked.tell(split(read, asked.level))  # else the user's own checkpoint has marked it
     given["num_fwd_outputs"] = num_fwd_outputs
     if static_lifetime_input_indices is not None:
         given["static_lifetime_input_indices"] = static_lifetime_input_indices

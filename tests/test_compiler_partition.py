@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import models
 import pytest
 import torch
+import torch.utils.checkpoint
 import training
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy
@@ -213,10 +215,25 @@ def test_what_costs_more_than_it_saves_is_kept() -> None:
 
 
 def test_marks_of_the_users_own_checkpoint_are_left_alone() -> None:
-    from fusewright.compiler.partition import split
+    from functorch.compile import nop
+    from torch._dynamo.backends.common import aot_autograd
 
-    gm = torch.fx.symbolic_trace(lambda x: torch.sin(x))
-    node = next(n for n in gm.graph.nodes if n.op == "call_function")
-    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-    assert split(gm, "default", 1, ()) is None
-    assert node.meta["recompute"] is CheckpointPolicy.MUST_SAVE
+    from fusewright.compiler.partition import Asked, partition
+
+    told: list[Any] = []
+    recompute = functools.partial(
+        torch.utils.checkpoint.create_selective_checkpoint_contexts,
+        lambda ctx, op, *args, **kwargs: CheckpointPolicy.PREFER_RECOMPUTE,
+    )
+
+    def computation(x: torch.Tensor) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(
+            lambda t: torch.sin(torch.exp(t)), x, use_reentrant=False, context_fn=recompute
+        ).sum()
+
+    ours = functools.partial(partition, Asked("default", told.append))
+    x = torch.randn(8, requires_grad=True)
+    backend = aot_autograd(fw_compiler=nop, bw_compiler=nop, partition_fn=ours)
+    torch.compile(computation, backend=backend)(x).backward()
+    torch.testing.assert_close(x.grad, torch.cos(x.exp()) * x.exp())
+    assert not told
