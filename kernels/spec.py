@@ -43,6 +43,8 @@ class OpSpec:
             may run it again where that keeps less memory alive.
         flops: (forward, backward), each mapping the op's arguments and its results to the FLOPs of its
             matrix products; symbolic sizes give symbolic numbers. None where there are no products.
+        workspace: where the forward computes gradients itself: (the op's arguments, names of the inputs
+            that are trained) -> bytes of scratch memory and results at once.
     """
 
     forward: str
@@ -57,6 +59,7 @@ class OpSpec:
     gradients: tuple[int, ...] = ()
     cheap: bool = False
     flops: tuple[Work, Work] | None = None
+    workspace: Callable[[Sequence[Any], frozenset[str]], int] | None = None
 
     @property
     def name(self) -> str:

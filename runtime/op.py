@@ -145,6 +145,12 @@ def flop_formulas() -> dict[str, Work]:
     return found
 
 
+@functools.cache
+def workspaces() -> dict[str, OpSpec]:
+    """By name, the ops that say what memory they need at once (``OpSpec.workspace``)."""
+    return {s.name: s for s in catalogue() if s.workspace is not None}
+
+
 def _planned(spec: OpSpec, name: str, which: int, device: str) -> Planned | None:
     """The host function with plans; None where it decides by values, such as how many rows count."""
     assert spec.triton is not None

@@ -102,9 +102,7 @@ class Block:
         return {base(n) for n in nodes if ir.is_tensor(n)} - self.joint.free
 
 
-def build(
-    joint: Joint, symbols: tuple[Any, Any], device: Device, sizes: tuple[int, int]
-) -> Block:
+def build(joint: Joint, symbols: tuple[Any, Any], device: Device, sizes: tuple[int, int]) -> Block:
     """The block of a joint graph with its front at (batch, sequence) = ``sizes``."""
     block = Block(joint, symbols)
     numbers = block.numbers(*sizes)

@@ -90,9 +90,7 @@ def fuse_attention(gm: fx.GraphModule) -> None:
     gm.recompile()
 
 
-def observe(
-    model: nn.Module, catalogue: Sequence[Pattern], inputs: Mapping[str, Any]
-) -> Observed:
+def observe(model: nn.Module, catalogue: Sequence[Pattern], inputs: Mapping[str, Any]) -> Observed:
     """One forward pass on meta tensors.
 
     Args:
@@ -126,6 +124,8 @@ def observe(
     heads = [r.rewritten for r in session.records if r.kind == "head" and r.rewritten is not None]
     seen.head = heads[-1] if heads else None
     if not seen.joints:
-        why = failure or "; ".join(dict.fromkeys(session.uncaptured.values())) or "no graph was made"
+        why = (
+            failure or "; ".join(dict.fromkeys(session.uncaptured.values())) or "no graph was made"
+        )
         raise NotPlannable(f"{type(model).__name__}: its blocks could not be captured: {why}")
     return seen
