@@ -33,7 +33,7 @@ class Origins:
     def alias(self, t: torch.Tensor, other: torch.Tensor) -> None:
         self.aliases.append((t, self.place(other).origin))
 
-    def add(self, t: torch.Tensor) -> int:
+    def add(self, t: torch.Tensor | None) -> int:
         self.tensors.append(t)
         return len(self.tensors) - 1
 

@@ -12,6 +12,7 @@ What a function looks at besides shapes, strides, dtypes and constants it says i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from fusewright.kernels.launcher import current_stream
 from fusewright.kernels.recording import Alias, Condition, Launch, Table, recorder
 from fusewright.kernels.room import reinterpret
 from fusewright.runtime.direct import direct
-from fusewright.runtime.origins import Origins, Unknown
+from fusewright.runtime.origins import Origins, Place, Unknown
 from fusewright.runtime.rule import picker
 from fusewright.runtime.watch import Buffer, Operation, Watch
 
@@ -71,42 +72,52 @@ class _Writer:
     def __init__(self, device: torch.device, given: Tensors) -> None:
         self.device, self.count = device, len(given)
         self.origins = Origins(given)
+        self.none = self.origins.add(None)  # what absent tensors are launched as
         self.new = _allocator(device)
 
     def plan(self, steps: list[Any], out: Any) -> Plan:
         """The plan of these steps with the results ``out``."""
         writers: dict[type, Call] = {
-            Buffer: self._buffer, Launch: self._launch, Operation: self._operation,
+            Launch: self._launch, Operation: self._operation,
             Table: self._table,
         }  # fmt: skip
         conditions = [found for s in steps if type(s) is Condition if (found := self._check(s))]
         conditions += self._twice()
         program = []
-        for step in steps:
-            if type(step) is Alias:
-                self.origins.alias(*step)
-            elif type(step) is not Condition:
-                program.append(writers[type(step)](step))
+        for kind, group in itertools.groupby(steps, type):
+            if kind is Buffer:
+                program.append(self._buffers(list(group)))
+                continue
+            for step in group:
+                if kind is Alias:
+                    self.origins.alias(*step)
+                elif kind is not Condition:
+                    program.append(writers[kind](step))
         results = self._results(out)
 
         def run(tensors: list[Any], pointers: list[Any]) -> Any:
+            tensors.append(None)
+            pointers.append(None)
             for step in program:
                 step(tensors, pointers)
             return results(tensors)
 
         return Plan(run, _presence(self.device), _all_of(conditions))
 
-    def _buffer(self, step: Buffer) -> Call:
-        t, new = step.tensor, self.new
-        if t.device != self.device:
-            raise Unknown
-        self.origins.add(t)
-        size, stride, dtype = tuple(t.shape), t.stride(), t.dtype
+    def _buffers(self, steps: list[Buffer]) -> Call:
+        """Allocations that follow each other."""
+        new, made = self.new, []
+        for (t,) in steps:
+            if t.device != self.device:
+                raise Unknown
+            self.origins.add(t)
+            made.append((tuple(t.shape), t.stride(), t.dtype))
 
         def allocate(tensors: list[Any], pointers: list[Any]) -> None:
-            made = new(size, stride, dtype)
-            tensors.append(made)
-            pointers.append(made.data_ptr())
+            for size, stride, dtype in made:
+                buffer = new(size, stride, dtype)
+                tensors.append(buffer)
+                pointers.append(buffer.data_ptr())
 
         return allocate
 
@@ -114,37 +125,37 @@ class _Writer:
         compiled = step.compiled
         if compiled is None:
             raise Unknown
-        places = [None if t is None else self.origins.place(t) for t in step.tensors]
-        rest = step.numbers + step.constants
+        absent = Place(self.none, 0)
+        places = [absent if t is None else self.origins.place(t) for t in step.tensors]
         fixed = (compiled.function, compiled.packed_metadata, None, None, None)
-        way = direct(compiled.run, fixed, len(places) + len(rest))
-        start, before, after, packed = (
-            way.launch,
-            (*way.before, *step.grid, 1),
-            way.after,
-            way.packed,
-        )
-        # Behind what there is stand the addresses inside of it, and None.
-        at = {p: i for i, p in enumerate(dict.fromkeys(p for p in places if p and p.offset))}
-        inside, total = tuple(at), len(self.origins.tensors)
-        whole = total + len(at)
-        choose = picker([
-            whole if p is None else total + at[p] if p.offset else p.origin for p in places
-        ])  # fmt: skip
+        rest = step.numbers + step.constants
+        run, before, after, packed = direct(compiled.run, fixed, len(places) + len(rest))
+        before += (*step.grid, 1)
         index = -1 if self.device.index is None else self.device.index
-        plain = not inside and None not in places
+        if not any(p.offset for p in places):
+            pick = picker([p.origin for p in places])
 
-        def launch(tensors: list[Any], pointers: list[Any]) -> None:
-            if plain:
-                found = choose(pointers)
-            else:
-                found = choose([*pointers, *[pointers[o] + d for o, d in inside], None])
+            def launch(tensors: list[Any], pointers: list[Any]) -> None:
+                run(*before, current_stream(index), *after, *pick(pointers), *rest)
+
+            def launch_packed(tensors: list[Any], pointers: list[Any]) -> None:
+                run(*before, current_stream(index), *after, pick(pointers) + rest)
+
+            return launch_packed if packed else launch
+        # Behind what there is stand the addresses inside of it.
+        inside = tuple(dict.fromkeys(p for p in places if p.offset))
+        total = len(self.origins.tensors)
+        choose = picker([total + inside.index(p) if p.offset else p.origin for p in places])
+
+        def launch_inside(tensors: list[Any], pointers: list[Any]) -> None:
+            found = [*pointers, *[pointers[o] + offset for o, offset in inside]]
+            given = choose(found) + rest
             if packed:
-                start(*before, current_stream(index), *after, found + rest)
+                run(*before, current_stream(index), *after, given)
             else:
-                start(*before, current_stream(index), *after, *found, *rest)
+                run(*before, current_stream(index), *after, *given)
 
-        return launch
+        return launch_inside
 
     def _operation(self, step: Operation) -> Call:
         flat, spec = pytree.tree_flatten((step.args, step.kwargs))
@@ -165,6 +176,8 @@ class _Writer:
         constants = [None if isinstance(v, torch.Tensor) else v for v in flat]
         if step.function is aten.mm.out or step.function is aten.mm.default:
             return self._product(step, reads, fresh)
+        if step.function is aten._assert_async.msg:
+            return _assertion(reads[0], str(constants[1]))
         return operate
 
     def _product(self, step: Operation, reads: list[Any], fresh: bool) -> Call:
@@ -263,6 +276,11 @@ class _Writer:
         assert origin is not None
         alike = origin.shape == t.shape and origin.stride() == t.stride()
         return place.origin if alike and origin.dtype == t.dtype and not place.offset else None
+
+
+def _assertion(read: Call | None, message: str) -> Call:
+    assert read is not None
+    return lambda tensors, pointers: torch._assert_async(read(tensors), message)
 
 
 class _Tables(dict[tuple[int, ...], torch.Tensor]):

@@ -52,6 +52,43 @@ class Bytes(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
+def batch(seed: int = 0, rows: int = 2) -> dict[str, torch.Tensor]:
+    """Some rows of :class:`Bytes`, stacked."""
+    data = Bytes(rows, offset=4 * seed)
+    return {name: torch.stack([row[name] for row in data]) for name in data[0]}
+
+
 def model(name: str = "llama", **overrides: Any) -> Any:
     """A tiny model over bytes."""
     return models.build(name, vocab_size=VOCAB, **overrides)
+
+
+TURN = "{{ '<' + m['role'] + '>' }}"
+CHAT = (
+    "{% for m in messages %}" + TURN + "{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+SPECIAL = ("<pad>", "<eos>", "<user>", "<assistant>")
+
+
+def tokenizer() -> Any:
+    """A tokenizer of bytes and four special tokens, with a chat template that marks the answers."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {t: i for i, t in enumerate((*SPECIAL, *alphabet))}
+    core = Tokenizer(BPE(vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        additional_special_tokens=["<user>", "<assistant>"],
+        chat_template=CHAT,
+        model_max_length=256,
+    )
