@@ -152,6 +152,8 @@ def _lower(
     """The asked-for lowering; plain FX where it refuses the graph."""
     record.lowering = lower.choose(session.options.lowering, gm.graph)
     splitting = _splitting(session, record)
+    if record.lowering == "fx" and any(map(ir.draws_in_vain, ir.calls(gm.graph))):
+        splitting = None  # AOTAutograd would drop the draw, and later ones would be others
     if record.lowering == "fx" and splitting is None:
         return lower.lower(gm, example_inputs, "fx", device)
     kept = copy.deepcopy(gm)
