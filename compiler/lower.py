@@ -103,6 +103,10 @@ def _split_fx(
         if context is not None and context.fw_metadata is not None:
             # Nothing here writes over what was saved, so a second backward stays possible.
             context.fw_metadata.bw_donated_idxs = []
+        # Views were chosen by the fake tensors' strides, and the real ones may be others.
+        for node in graph.graph.find_nodes(op="call_function", target=aten.view.default):
+            node.target = aten.reshape.default
+        graph.recompile()
         boxed: Callable[..., Any] = make_boxed_func(graph.forward)
         return boxed
 
