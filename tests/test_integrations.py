@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -93,6 +94,13 @@ def test_a_model_that_is_not_optimised(tmp_path: Path) -> None:
     TrainingLog().add_to(trainer)
     with pytest.raises(ValueError, match="not optimised"):
         trainer.train()
+
+
+def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "fusewright.integrations", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fusewright\[hf\]'"):
+        importlib.import_module("fusewright.integrations")
 
 
 @pytest.mark.parametrize("lora", [False, True])
