@@ -1,8 +1,9 @@
 """Small strided copies that ride along with another launch, described by a table on the device.
 
-A row of the table (int64): first program, source address, target address, elements, elements of
-the inner dimension, source strides (outer, inner), target strides (outer, inner), step. Addresses of
-parameters and of their copies stay as they are from step to step, so the table is made once.
+A row of the table (int64): first program, source address, elements from the first target to this one,
+elements, elements of the inner dimension, source strides (outer, inner), target strides (outer, inner),
+step. Addresses of parameters stay as they are from step to step, so the table is made once; where the
+targets lie is an argument of the launch, since a scratch buffer lies elsewhere each time.
 """
 
 from __future__ import annotations
@@ -40,14 +41,15 @@ class Copy(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A table with the constants that a kernel needs beside it; no programs, no work."""
+    """A table, the first target and the constants that a kernel needs; no programs, no work."""
 
     table: torch.Tensor | None
+    first: torch.Tensor | None
     programs: int
     constants: tuple[Any, ...]
 
 
-NONE = Work(None, 0, (0, 0, 0, BLOCK, AT_ONCE))
+NONE = Work(None, None, 0, (0, 0, 0, BLOCK, AT_ONCE))
 
 
 def check(copies: Sequence[Copy], device: torch.device) -> None:
@@ -75,14 +77,17 @@ def reference(copies: Sequence[Copy]) -> None:
             target.as_strided(target.shape, strides, where + 2 * step).copy_(rest)
 
 
-def _layout(copy: Copy, first: int) -> tuple[int, ...]:
-    """A row of the table behind its addresses, and before them its first program; the inner dimension
-    is the one along which the target is dense."""
+def _layout(copy: Copy, before: int, first: torch.Tensor) -> tuple[int, ...]:
+    """A row of the table but for the source's address; ``before`` programs belong to other rows.
+
+    The inner dimension is the one along which the target is dense.
+    """
     source, target, step = copy
+    apart = target.storage_offset() - first.storage_offset()
     outer, inner = (0, 1) if target.stride(1) <= target.stride(0) else (1, 0)
     return (
-        first, target.numel(), target.shape[inner], source.stride(outer), source.stride(inner),
-        target.stride(outer), target.stride(inner), step,
+        before, apart, target.numel(), target.shape[inner], source.stride(outer),
+        source.stride(inner), target.stride(outer), target.stride(inner), step,
     )  # fmt: skip
 
 
@@ -93,28 +98,30 @@ def _triton_type(dtype: torch.dtype) -> Any:
 
 
 def prepare(copies: Sequence[Copy]) -> list[Work]:
-    """The work of the copies, one for each pair of dtypes."""
-    pairs: dict[tuple[torch.dtype, torch.dtype], list[Copy]] = {}
+    """The work of the copies, one for each pair of dtypes and each storage of targets."""
+    pairs: dict[tuple[Any, ...], list[Copy]] = {}
     for copy in copies:
         if copy.target.numel():
-            pairs.setdefault((copy.source.dtype, copy.target.dtype), []).append(copy)
+            of = copy.target.untyped_storage()._cdata
+            pairs.setdefault((copy.source.dtype, copy.target.dtype, of), []).append(copy)
     works = []
-    for dtypes, group in pairs.items():
+    for (*dtypes, _), group in pairs.items():
+        first = min((c.target for c in group), key=torch.Tensor.storage_offset)
         layouts, programs = [], 0
         for copy in group:
-            layouts.append(_layout(copy, programs))
+            layouts.append(_layout(copy, programs, first))
             programs += -(-copy.target.numel() // BLOCK)
         tasks = 1 << (len(layouts) - 1).bit_length()
         table = _table(group, tuple(layouts), tasks)
         constants = (tasks, *map(_triton_type, dtypes), BLOCK, AT_ONCE)
-        works.append(Work(table, programs, constants))
+        works.append(Work(table, first, programs, constants))
     return works
 
 
 def _table(group: Sequence[Copy], layouts: tuple[tuple[int, ...], ...], tasks: int) -> torch.Tensor:
-    """The table of copies that are laid out alike, for their addresses."""
+    """The table of copies that are laid out alike, for the sources' addresses."""
     device = group[0].target.device
-    tensors = [t for copy in group for t in (copy.source, copy.target)]
+    sources = [copy.source for copy in group]
 
     def make(addresses: tuple[int, ...]) -> torch.Tensor:
         key = (device, tasks, layouts, addresses)
@@ -122,25 +129,25 @@ def _table(group: Sequence[Copy], layouts: tuple[tuple[int, ...], ...], tasks: i
         if table is None:
             if len(_tables) >= _MOST:
                 del _tables[next(iter(_tables))]
-            pairs = zip(addresses[::2], addresses[1::2], strict=True)
-            rows = [(l[0], *pair, *l[1:]) for l, pair in zip(layouts, pairs, strict=True)]
+            pairs = zip(layouts, addresses, strict=True)
+            rows = [(row[0], address, *row[1:]) for row, address in pairs]
             filler = (_NEVER,) + (0,) * (_COLUMNS - 1)
             values = [*rows, *[filler] * (tasks - len(rows))]
             with torch._C._DisableTorchDispatch():
                 table = _tables[key] = torch.tensor(values, dtype=torch.int64).to(device)
         return table
 
-    table = make(tuple([t.data_ptr() for t in tensors]))
-    recording.table(table, tensors, make)
+    table = make(tuple([t.data_ptr() for t in sources]))
+    recording.table(table, sources, make)
     return table
 
 
 def launch(works: Sequence[Work]) -> None:
     """The copies in launches of their own."""
-    for table, programs, constants in works:
+    for table, first, programs, constants in works:
         assert table is not None, "prepared work has a table"
         with on_device_of(table):
-            _small_copies((programs, 1), (table,), (), constants, 8)
+            _small_copies((programs, 1), (table, first), (), constants, 8)
 
 
 def run(copies: Sequence[Copy]) -> None:

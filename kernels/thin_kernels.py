@@ -151,7 +151,7 @@ def _right(
 
 @triton.jit
 def right_products(
-    m0, m1, m2, m3, v0, v1, v2, v3, partial_ptr, out_ptr, wide_ptr, table_ptr,
+    m0, m1, m2, m3, v0, v1, v2, v3, partial_ptr, out_ptr, wide_ptr, table_ptr, first_ptr,
     programs, rows, slab_columns, apart, c0, c1, c2, c3, m0_row, m1_row, m2_row, m3_row,
     v0_row, v1_row, v2_row, v3_row, first1, first2, first3, copy0, copy1, copy2, copy3,
     to0, to1, to2, to3, scale0, scale1, scale2, scale3, out_row, wide_row, step, zero_from, zero_to,
@@ -174,7 +174,7 @@ def right_products(
             ALIGNED,
         )  # fmt: skip
     elif TASKS > 0:
-        small_copy(program - programs, table_ptr, TASKS, SOURCE, TARGET, COPIED, AT_ONCE)
+        small_copy(program - programs, table_ptr, first_ptr, TASKS, SOURCE, TARGET, COPIED, AT_ONCE)
 
 
 @triton.jit
@@ -235,7 +235,7 @@ def _left(
 
 @triton.jit
 def left_products(
-    m0, m1, m2, m3, v0, v1, v2, v3, u0, u1, u2, u3, right_ptr, left_ptr, wide_ptr, table_ptr,
+    m0, m1, m2, m3, v0, v1, v2, v3, u0, u1, u2, u3, right_ptr, left_ptr, wide_ptr, table_ptr, first_ptr,
     programs, rows, part_rows, slabs, columns, v_apart, u_apart, c0, c1, c2, c3, m0_row, m1_row,
     m2_row, m3_row, v0_row, v1_row, v2_row, v3_row, u0_row, u1_row, u2_row, u3_row, first1, first2, first3,
     before1, before2, before3, copy0, copy1, copy2, copy3, wide_row,
@@ -257,4 +257,4 @@ def left_products(
             BLOCKS, SLOTS, R, RP, MODE, TRANSPOSED, COPY, EVEN, BT, BC, STAGES, ALIGNED,
         )  # fmt: skip
     elif TASKS > 0:
-        small_copy(program - programs, table_ptr, TASKS, SOURCE, TARGET, COPIED, AT_ONCE)
+        small_copy(program - programs, table_ptr, first_ptr, TASKS, SOURCE, TARGET, COPIED, AT_ONCE)

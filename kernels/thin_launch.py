@@ -226,7 +226,7 @@ class _Launch:
         _right(
             (cut.programs + work.programs, 1),
             (*_four(self.ms, None), *_four(self.vs, None), shares, self.out if done else None,
-             wide if self.copies or (done and self.placed) else None, work.table),
+             wide if self.copies or (done and self.placed) else None, work.table, work.first),
             (cut.programs, self.ms[0].shape[0], cut.slab, self.v_apart, *widths, *strides,
              *_four([v.stride(0) for v in self.vs], 0), *cut.firsts, *copies, *self._ends(),
              self.rank * len(self.terms), wide_row, step, *zero),
@@ -242,7 +242,7 @@ class _Launch:
         _left(
             (cut.programs + work.programs, 1),
             (*_four(self.ms, None), *_four(self.vs, None), *_four(self.us, None), right, left,
-             wide if self.copies else None, work.table),
+             wide if self.copies else None, work.table, work.first),
             (cut.programs, self.ms[0].shape[0], cut.part, cut.slabs, sum(widths), self.v_apart,
              self.u_apart, *widths, *strides,
              *_four([v.stride(0) for v in self.vs], 0), *_four([u.stride(0) for u in self.us], 0),

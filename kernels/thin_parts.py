@@ -131,14 +131,14 @@ def share(ptr, first, total, there):
 
 @triton.jit
 def small_copy(
-    program, table_ptr, TASKS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr,
+    program, table_ptr, first_ptr, TASKS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr,
     BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK elements of one of the small copies; the table's columns are in ``thin_copies``."""
     firsts = tl.load(table_ptr + tl.arange(0, TASKS) * 10)
     task = table_ptr + (tl.sum((firsts <= program).to(tl.int32), 0) - 1) * 10
     source = tl.load(task + 1).to(tl.pointer_type(SOURCE))
-    target = tl.load(task + 2).to(tl.pointer_type(TARGET))
+    target = first_ptr + tl.load(task + 2)
     count = tl.load(task + 3).to(tl.int32)
     inner = tl.load(task + 4).to(tl.int32)
     source_outer, source_inner = tl.load(task + 5), tl.load(task + 6)
@@ -163,11 +163,11 @@ def small_copy(
 
 @triton.jit
 def small_copies(
-    table_ptr, TASKS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr,
+    table_ptr, first_ptr, TASKS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr,
     BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """The small copies by themselves."""
-    small_copy(tl.program_id(0), table_ptr, TASKS, SOURCE, TARGET, BLOCK, AT_ONCE)
+    small_copy(tl.program_id(0), table_ptr, first_ptr, TASKS, SOURCE, TARGET, BLOCK, AT_ONCE)
 
 
 @triton.jit
