@@ -71,6 +71,16 @@ def test_the_code_of_a_page(page: str, tmp_path: Path, monkeypatch: pytest.Monke
     runpy.run_path(str(script), given)
 
 
+def test_the_readmes_first_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a saved model where it reads one."""
+    monkeypatch.chdir(tmp_path)
+    real_text.model().save_pretrained("my-model")
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join(b.text for b in _blocks(ROOT / "README.md")))
+    told = runpy.run_path(str(script), {"dataset": real_text.Bytes(8)})
+    assert fusewright.report(told["model"]).counts["lora"] == 7 * models.LAYERS
+
+
 def test_every_page_with_code_is_run() -> None:
     pages = {p.stem for p in DOCS.glob("*.md") if any(b.language for b in _blocks(p))}
     assert pages == {*MODELS, "add-a-pattern"}
