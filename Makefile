@@ -5,6 +5,7 @@
 # make bench   the parity table of docs/parity.md, and the training step on this CPU
 # make zoo     train every language model type of transformers, against eager: docs/zoo.md
 #              (resumes what an earlier run left; make zoo ARGS="llama gemma" for a few again)
+# make docs    the pages and the API reference as a site in artifacts/docs
 # make clean   remove what the others made
 #
 # Needs Python 3.10 or newer and a C++ compiler; everything else is installed into .venv.
@@ -46,6 +47,10 @@ bench: $(VENV)/.dev
 
 zoo: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python bench/zoo.py $(ARGS)
+
+docs: $(VENV)/.dev
+	@$(PIP) --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) artifacts build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

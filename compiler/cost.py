@@ -256,6 +256,11 @@ class _Metered(fx.Interpreter):
         self.meter.enter(n.name)
         return super().run_node(n)
 
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        found = super().get_attr(target, args, kwargs)
+        # A constant of the graph, such as a table of frequencies: of its shape alone.
+        return found.detach().to(_META) if isinstance(found, torch.Tensor) else found
+
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = tree_map_only(torch.device, lambda _: _META, (args, kwargs))
         if target is aten.scaled_dot_product_attention.default and args[0].dim() == 4:

@@ -16,8 +16,13 @@ from fusewright.runtime import module as modules
 from fusewright.runtime.op import register_all
 
 
-def optimize(model: Any, catalogue: Sequence[Pattern], options: dict[str, Any]) -> None:
-    """Install the regions' forwards on ``model``; see ``fusewright.optimize``."""
+def optimize(
+    model: Any, catalogue: Sequence[Pattern], options: dict[str, Any], notes: Sequence[str] = ()
+) -> None:
+    """Install the regions' forwards on ``model``; see ``fusewright.optimize``.
+
+    ``notes`` are lines for the report.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize needs an nn.Module, got {type(model).__name__}")
     if _session(model) is not None:
@@ -27,6 +32,8 @@ def optimize(model: Any, catalogue: Sequence[Pattern], options: dict[str, Any]) 
     if options.get("memory_budget") is not None:
         raise ValueError("memory_budget: the memory planner is not part of this version; pass None")
     session = Session(Options.build(catalogue, **options))
+    for line in notes:
+        session.note(line)
     found = regions.find(model)
     register_all()
     if found.head is None:

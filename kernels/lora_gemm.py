@@ -40,7 +40,7 @@ def forward(group: Group, roomy: bool) -> tuple[torch.Tensor, torch.Tensor]:
     thin = products.right(group, rows, how, wide, copy, copies)
     if how.ones:
         _write_biases(group, behind[:, how.thin])
-    y = wide @ found.buffer[: found.height].t()
+    y = torch.mm(wide, found.buffer[: found.height].t())
     return y.view(*x.shape[:-1], height), thin
 
 
@@ -95,7 +95,7 @@ def backward(
     p, dup, dbiases = products.both(group, g, thin, how, wide, copy, needs, copies)
     dx = absent(x)
     if found is not None and wide is not None:
-        dx = (wide @ found.buffer[:, : found.width]).view(x.shape)
+        dx = torch.mm(wide, found.buffer[:, : found.width]).view(x.shape)
     elif needs.x:
         dx = _summed(group, g, p).view(x.shape)
     ddown = products.left(group, rows, p, needs.down)

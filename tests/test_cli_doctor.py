@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
+import models
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from fusewright import __main__, cli, doctor
+import fusewright
+from fusewright import __main__, cli, doctor, versions
 
 
 def test_json_alone_on_stdout() -> None:
@@ -29,14 +34,63 @@ def test_text() -> None:
 
 @pytest.mark.parametrize(
     ("have", "why"),
-    [(None, "peft is not installed"), ("0.20.1", "peft 0.20.1 is older than 0.21")],
+    [
+        (None, "peft is not installed: pip install -U 'fusewright[hf]'"),
+        ("0.20.1", "peft 0.20.1 is older than 0.21: pip install -U 'fusewright[hf]'"),
+    ],
 )
 def test_what_stands_in_the_way(
     have: str | None, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda n: have if n == "peft" else known(n))
+    known = doctor.installed
+    monkeypatch.setattr(doctor, "installed", lambda n: have if n == "peft" else known(n))
     assert doctor.findings()["works"]["LoRA"] == why
+
+
+def test_an_old_version_is_named_at_optimize(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = versions.installed
+    monkeypatch.setattr(
+        versions, "installed", lambda n: "5.2.1" if n == "transformers" else known(n)
+    )
+    line = r"transformers 5\.2\.1 is older than 5\.17: pip install -U 'fusewright\[hf\]'"
+    model = models.build("llama")
+    with pytest.warns(versions.UnsupportedVersion, match=line) as seen:
+        fusewright.optimize(model, lowering="fx")
+    assert seen[0].filename == __file__
+    assert any("5.2.1" in note for note in fusewright.report(model).notes)
+    with pytest.raises(RuntimeError, match=line):
+        fusewright.optimize(models.build("llama"), strict=True)
+
+
+def test_supported_versions_are_no_cause_for_a_warning() -> None:
+    assert versions.unsupported() == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_the_command(shell: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fusewright", "--show-completion", shell],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and "_FUSEWRIGHT_COMPLETE" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("fusewright do", "doctor"), ("fusewright report --dtype fl", "float16")],
+)
+def test_what_is_completed(typed: str, offered: str) -> None:
+    environment = {
+        "_FUSEWRIGHT_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(len(typed.split()) - 1),
+    }
+    result = CliRunner().invoke(cli.app, [], prog_name="fusewright", env=environment)
+    assert offered in result.stdout.split()
 
 
 def test_a_card_that_is_too_old() -> None:

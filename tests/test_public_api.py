@@ -286,13 +286,17 @@ def test_the_import_is_light() -> None:
 
 _NOTHING_PATCHED = """
 import sys, types
-import torch, torch._inductor.config, torch.nn.functional, transformers, peft
+import torch, torch._inductor.config, torch.nn.functional, transformers, peft, accelerate
+import trl.trainer.dpo_trainer, trl.trainer.grpo_trainer, trl.trainer.sft_trainer
 import models, training, fusewright
 
 def seen():
     found = {}
     for name, module in list(sys.modules.items()):
-        if not name.startswith(("torch.nn", "torch.autograd", "transformers", "peft")):
+        if not name.startswith((
+            "torch.nn", "torch.autograd", "torch.optim", "torch.utils", "torch.distributed",
+            "transformers", "peft", "accelerate", "trl",
+        )):
             continue
         for key, value in list(getattr(module, "__dict__", {}).items()):
             if isinstance(value, (types.FunctionType, type)):
@@ -315,7 +319,10 @@ torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))  # torch itself t
 before, config = seen(), settings()
 model = fusewright.optimize(models.build("llama"), lowering="fx")
 training.train_step(model, models.batch())
+adapted = fusewright.optimize(models.with_lora(models.build("llama")), lowering="fx")
+training.train_step(adapted, models.batch())
 after = seen()
+assert len(before) > 10_000
 changed = [k for k, v in before.items() if after.get(k) != v]
 assert not changed, changed[:20]
 assert settings() == config

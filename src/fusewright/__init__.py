@@ -52,10 +52,13 @@ def optimize(
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
         ValueError: unknown option or pattern; no repeated blocks; or already optimised.
+        RuntimeError: ``strict``, and a package is older than supported (a warning otherwise).
     """
     from fusewright.compiler import driver
     from fusewright.patterns import DEFAULT
+    from fusewright.versions import warn_of_unsupported
 
+    notes = warn_of_unsupported(strict)
     options = {
         "patterns": patterns,
         "memory_budget": memory_budget,
@@ -64,7 +67,7 @@ def optimize(
         "logits": logits,
         "strict": strict,
     }
-    driver.optimize(model, DEFAULT, options)
+    driver.optimize(model, DEFAULT, options, notes)
     return model
 
 

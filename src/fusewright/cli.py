@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _DTYPES = ("bfloat16", "float16", "float32")
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="A graph compiler for fine-tuning: ask what it would do, before there is a GPU.",
@@ -42,7 +41,9 @@ def report(
     sequence: Annotated[
         int, typer.Option(min=0, help="tokens a row; 0: as the config allows, at most 4096")
     ] = 0,
-    dtype: Annotated[str, typer.Option(help=", ".join(_DTYPES))] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help=", ".join(_DTYPES), autocompletion=lambda: list(_DTYPES))
+    ] = "bfloat16",
     lora: Annotated[int, typer.Option(min=0, help="adapters of this rank on every linear")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else")] = False,
     html: Annotated[Path | None, typer.Option(help="write the report as one HTML page")] = None,

@@ -5,32 +5,19 @@ from __future__ import annotations
 import platform
 import shutil
 import sysconfig
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-# Package -> the oldest version that is supported; None where any will do.
-_PACKAGES: dict[str, tuple[int, ...] | None] = {
-    "torch": (2, 11),
-    "triton": (3, 6),
-    "transformers": (5, 17),
-    "peft": (0, 21),
-    "bitsandbytes": (0, 50),
-    "accelerate": (1, 15),
-    "trl": (1, 15),
-    "networkx": (3, 2),
-    "sympy": (1, 13),
-    "rich": (13, 7),
-    "jinja2": (3, 1),
-}
+from fusewright.versions import OLDEST, installed, obstacle
+
 _OLDEST_CAPABILITY = (7, 5)
 
 
 def findings() -> dict[str, Any]:
     """The findings: "python", "packages", "devices", "compilers", and "works": what -> why or ""."""
-    packages = {name: _version(name) for name in _PACKAGES}
+    packages = {name: installed(name) for name in OLDEST}
     devices = _devices()
     compilers = _compilers()
     return {
@@ -41,13 +28,6 @@ def findings() -> dict[str, Any]:
         "compilers": compilers,
         "works": _works(packages, devices, compilers),
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _devices() -> list[dict[str, Any]]:
@@ -90,28 +70,14 @@ def _works(
         "models by transformers": _needs(packages, "transformers"),
         "LoRA": _needs(packages, "peft"),
         "QLoRA": _needs(packages, "bitsandbytes"),
+        "TRL's trainers": _needs(packages, "transformers", "trl"),
         "fusewright report": _needs(packages, "transformers", "rich"),
         "fusewright report --html": _needs(packages, "transformers", "jinja2"),
     }
 
 
 def _needs(packages: dict[str, str | None], *names: str) -> str:
-    for name in names:
-        have, least = packages[name], _PACKAGES[name]
-        if have is None:
-            return f"{name} is not installed"
-        if least is not None and _numbers(have) < least:
-            return f"{name} {have} is older than {'.'.join(map(str, least))}"
-    return ""
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    out = []
-    for part in version.split("+")[0].split("."):
-        if not part.isdigit():
-            break
-        out.append(int(part))
-    return tuple(out)
+    return next((why for name in names if (why := obstacle(name, packages[name]))), "")
 
 
 def _gpu(
