@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
 from fusewright.compiler import cut as cuts
@@ -17,6 +18,7 @@ from fusewright.compiler.planning import work
 from fusewright.compiler.planning.devices import Device
 from fusewright.compiler.recompute import base, repeatable
 
+BATCH, SEQUENCE = sympy.symbols("batch sequence", positive=True, integer=True)
 KEEP, WHOLE = "keep", "whole block"
 _HIGHEST, _LOWEST, _DEPTH = 4e13, 1e9, 4  # bytes of memory per second of recompute
 
@@ -60,14 +62,12 @@ class Block:
 
     Attributes:
         joint: its joint graph.
-        symbols: (batch, sequence) symbols of the graph; None where the size was fixed.
-        paths: the modules that run it.
+        symbols: what each symbol of the graph is: ``BATCH``, ``SEQUENCE``, or a number.
         choices: the front, from the fastest to the smallest.
     """
 
     joint: Joint
-    symbols: tuple[Any, Any]
-    paths: list[str] = field(default_factory=list)
+    symbols: dict[Any, Any]
     choices: list[Choice] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -76,10 +76,12 @@ class Block:
         self._evaluate = self._compiled()
 
     def _compiled(self) -> Callable[[int, int], Sequence[float]]:
-        names = sympy.Symbol("batch"), sympy.Symbol("sequence")
-        known = {s: n for s, n in zip(self.symbols, names, strict=True) if s is not None}
-        flat = [e.subs(known) for w in self.works.values() for e in (w.memory, w.moved, w.flops)]
-        function: Callable[[int, int], Sequence[float]] = sympy.lambdify(names, flat, "math")
+        flat = [
+            e.subs(self.symbols) for w in self.works.values() for e in (w.memory, w.moved, w.flops)
+        ]
+        function: Callable[[int, int], Sequence[float]] = sympy.lambdify(
+            (BATCH, SEQUENCE), flat, "math"
+        )
         return function
 
     def numbers(self, batch: int, sequence: int) -> dict[fx.Node, tuple[float, float, float]]:
@@ -90,21 +92,29 @@ class Block:
 
     def formula(self, choice: Choice) -> sympy.Expr:
         """Bytes that a choice saves, over ``batch`` and ``sequence``."""
-        names = sympy.Symbol("batch"), sympy.Symbol("sequence")
-        known = {s: n for s, n in zip(self.symbols, names, strict=True) if s is not None}
-        total = sum(self._memory(b) for b in self._bases(choice.cut.saved))
-        return sympy.expand(total.subs(known) if isinstance(total, sympy.Expr) else total)
-
-    def _memory(self, node: fx.Node) -> Any:
-        return work._storage(ir.value(node))
-
-    def _bases(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
-        return {base(n) for n in nodes if ir.is_tensor(n)} - self.joint.free
+        bases = {base(n) for n in choice.cut.saved if ir.is_tensor(n)} - self.joint.free
+        total = sum((self.works[b].memory for b in bases), sympy.Integer(0))
+        return sympy.expand(total.subs(self.symbols))
 
 
-def build(joint: Joint, symbols: tuple[Any, Any], device: Device, sizes: tuple[int, int]) -> Block:
-    """The block of a joint graph with its front at (batch, sequence) = ``sizes``."""
-    block = Block(joint, symbols)
+def symbols_of(joint: Joint, sizes: tuple[int, int]) -> dict[Any, Any]:
+    """What each symbol of a graph that was traced at (batch, sequence) = ``sizes`` stands for."""
+    known: dict[Any, Any] = {}
+    for node in joint.graph.find_nodes(op="placeholder"):
+        value = ir.value(node)
+        shape = value.shape if isinstance(value, torch.Tensor) else (value,)
+        for size in shape:
+            if isinstance(size, torch.SymInt):
+                for symbol in size.node.expr.free_symbols:
+                    hint = ir.traced_symbol(size, symbol)
+                    named = {sizes[1]: SEQUENCE, sizes[0]: BATCH}
+                    known[symbol] = named.get(hint, hint)
+    return known
+
+
+def build(joint: Joint, traced: tuple[int, int], device: Device, sizes: tuple[int, int]) -> Block:
+    """The block of a joint graph, traced at one (batch, sequence), with its front at another."""
+    block = Block(joint, symbols_of(joint, traced))
     numbers = block.numbers(*sizes)
 
     def seconds(node: fx.Node) -> float:
