@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
-import torch
 from torch import fx
 
 from fusewright.compiler import cut as cuts
 from fusewright.compiler import ir
 from fusewright.compiler.joint import Joint
+from fusewright.compiler.planning import price as price_
 from fusewright.compiler.planning import work
 from fusewright.compiler.planning.devices import Device
-from fusewright.compiler.recompute import base, repeatable
+from fusewright.compiler.recompute import base
 
 BATCH, SEQUENCE = sympy.symbols("batch sequence", positive=True, integer=True)
 KEEP, WHOLE = "keep", "whole block"
@@ -100,15 +100,11 @@ class Block:
 def symbols_of(joint: Joint, sizes: tuple[int, int]) -> dict[Any, Any]:
     """What each symbol of a graph that was traced at (batch, sequence) = ``sizes`` stands for."""
     known: dict[Any, Any] = {}
-    for node in joint.graph.find_nodes(op="placeholder"):
-        value = ir.value(node)
-        shape = value.shape if isinstance(value, torch.Tensor) else (value,)
-        for size in shape:
-            if isinstance(size, torch.SymInt):
-                for symbol in size.node.expr.free_symbols:
-                    hint = ir.traced_symbol(size, symbol)
-                    named = {sizes[1]: SEQUENCE, sizes[0]: BATCH}
-                    known[symbol] = named.get(hint, hint)
+    named = {sizes[1]: SEQUENCE, sizes[0]: BATCH}
+    for size in work.sizes(joint.graph):
+        for symbol in size.node.expr.free_symbols:
+            hint = ir.traced_symbol(size, symbol)
+            known[symbol] = named.get(hint, hint)
     return known
 
 
@@ -122,10 +118,7 @@ def build(joint: Joint, traced: tuple[int, int], device: Device, sizes: tuple[in
         return block.works[node].seconds(device, moved, flops)
 
     def at(price: float) -> Choice:
-        def cost(node: fx.Node) -> float | None:
-            return price * seconds(node) if repeatable(node) else None
-
-        found = cuts.minimum(joint, cost)
+        found = cuts.minimum(joint, price_.cost(price, block.works.__getitem__, seconds))
         heavy = [n for n in found.recomputed if numbers[n][2] and n in joint.required]
         some = [n for n in found.recomputed if numbers[n][1] and n in joint.required]
         plural = "s" if len(heavy) > 1 else ""

@@ -131,12 +131,9 @@ class _Evaluator:
     def __init__(self, gm: fx.GraphModule, sizes: tuple[int, int]) -> None:
         self.batch, self.sequence = sizes
         self.symbols: dict[Any, int] = {}  # symbol -> its hint
-        values = [ir.value(n) for n in gm.graph.find_nodes(op="placeholder")]
-        shapes = [d for t in values if isinstance(t, torch.Tensor) for d in t.shape]
-        for size in (*values, *shapes):
-            if isinstance(size, torch.SymInt):
-                for symbol in size.node.expr.free_symbols:
-                    self.symbols[symbol] = ir.traced_symbol(size, symbol)
+        for size in work.sizes(gm.graph):
+            for symbol in size.node.expr.free_symbols:
+                self.symbols[symbol] = ir.traced_symbol(size, symbol)
 
     def __call__(self, expression: Any, batch: int, sequence: int) -> float:
         known = {

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
-from fusewright.compiler.planning.devices import Device, UnknownDevice, describe
+from fusewright.compiler.planning.devices import at_hand, describe
 from fusewright.compiler.planning.plan import (
     MemoryPlan,
     Planner,
@@ -25,7 +24,7 @@ def plan(model: Any, batch: int, sequence: int, budget: str | float, **options: 
         raise ValueError(f"batch and sequence must be positive, got {batch} and {sequence}")
     if not isinstance(model, (nn.Module, str)):
         raise TypeError(f"plan needs an nn.Module or a name, got {type(model).__name__}")
-    device = _device(options["device"])
+    device = describe(options["device"]) if options["device"] else at_hand()
     if isinstance(model, str):
         bare, length = _named(model, batch, sequence, options)
     else:
@@ -49,18 +48,3 @@ def _named(
 def _longest(model: nn.Module) -> int:
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return min(_LONGEST, int(longest or _LONGEST))
-
-
-def _device(name: str) -> Device:
-    """The description of a device by name, or of the one at hand, with its own memory."""
-    if name:
-        return describe(name)
-    if not torch.cuda.is_available():
-        return describe("h100")
-    properties = torch.cuda.get_device_properties(0)
-    known = describe(properties.name)
-    rates = {k: v for k, v in vars(known).items() if k not in ("name", "memory")}
-    return Device(properties.name, int(properties.total_memory), **rates)
-
-
-__all__ = ["UnknownDevice", "plan"]
