@@ -145,15 +145,15 @@ class Planner:
         step = footing.optimizer_seconds(self.footing, self.device)
         return sum(layer.seconds for layer in layers) + head + step
 
-    def plan(self, budget: str | float) -> MemoryPlan:
-        """The fastest step under a budget.
+    def plan(self, budget: str | float, sizes: tuple[int, int] | None = None) -> MemoryPlan:
+        """The fastest step under a budget, of another (batch, sequence) if given.
 
         Raises:
             DoesNotFit: none does; its ``least`` is the smallest budget that works.
             ValueError: the budget is no size.
         """
         size = budgets.parse(budget, self.device.memory)
-        batch, sequence = self.sizes
+        self.sizes = batch, sequence = sizes or self.sizes
         layers = self.layers(batch, sequence)
         chosen = timeline.choose(layers, self.footing, batch, sequence, size)
         moments = timeline.events(layers, chosen, self.footing, batch, sequence)

@@ -44,7 +44,9 @@ def optimize(
     Args:
         model: any ``nn.Module`` with repeated layers; a Hugging Face model, with or without PEFT.
         patterns: names of the patterns to use; all by default.
-        memory_budget: reserved for the memory planner; only None is accepted now.
+        memory_budget: the most device memory that a step may take: "22GiB", bytes, a share ("90%", 0.9)
+            or "auto". At the first batch it is planned what each block saves and runs again (see
+            :func:`plan`); a step that cannot fit raises before it runs. None runs cheap calls again.
         lowering: "fx" (plain FX, starts in seconds), "inductor", or "auto" (Inductor on a GPU).
         verify: "first_step" holds each region against float64 at its first step; "off" does not.
         logits: "lazy" computes ``outputs.logits`` when they are read; "eager" always.
