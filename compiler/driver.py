@@ -57,8 +57,8 @@ def _memory(model: nn.Module, catalogue: Sequence[Pattern], session: Session) ->
     def planner(sizes: tuple[int, int]) -> Planner:
         from fusewright.compiler.planning.plan import Planner, text_inputs, without_weights
 
-        bare = without_weights(model)
-        capture.remove(bare)
+        with modules.uninstalled(model):
+            bare = without_weights(model)
         return Planner(bare, text_inputs(bare), catalogue, device, sizes)
 
     return Memory(budget, device, planner, session.note)

@@ -65,7 +65,8 @@ class Memory:
 
         try:
             if self._planner is None:
-                self._planner = self._make(sizes)
+                with torch.random.fork_rng():  # dropout's masks must not depend on being planned
+                    self._planner = self._make(sizes)
             self.plan = self._planner.plan(self.budget, sizes)
         except NotPlannable as error:
             self._failed = True
