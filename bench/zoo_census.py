@@ -168,7 +168,9 @@ def _followed(model: nn.Module, watch: _Watch) -> Iterator[list[str]]:
     def enter(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             watch.stack.append(path)
-            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            # A subclass with a forward of its own (a grouped product) is no layer to adapt.
+            plain = getattr(type(module), "forward", None) is nn.Linear.forward
+            if plain or type(module).__name__ == "Conv1D":
                 linears.setdefault(path)
             tables = kwargs.get("position_embeddings")
             if _ATTENTION.search(type(module).__name__) and tables is not None:

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -23,6 +23,8 @@ from fusewright.compiler import capture, coverage, regions
 from fusewright.compiler.config import Options
 from fusewright.compiler.explain import CoverageReport
 from fusewright.compiler.match import Pattern
+from fusewright.compiler.partition import Asked
+from fusewright.compiler.records import GraphRecord
 from fusewright.compiler.session import Session
 from fusewright.runtime.op import register_all
 
@@ -67,6 +69,10 @@ class AbstractSession(Session):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self._mixed: Mixed | None = None
+
+    def splitting(self, gm: fx.GraphModule, record: GraphRecord) -> Asked | None:
+        """Not split: nothing is trained here."""
+        return None
 
     def around_spine(self) -> AbstractContextManager[Any]:
         """Real and meta tensors side by side."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fusewright.compiler import shares
+from fusewright.compiler import broken, shares
 from fusewright.compiler.explain import CoverageReport, Row
 from fusewright.compiler.match import Match, Miss
 from fusewright.compiler.records import GraphRecord
@@ -47,6 +47,8 @@ def report(session: Session, model: nn.Module | None = None) -> CoverageReport:
         for miss, part in zip(record.misses, parts.misses, strict=True):
             missed.append(_missed(miss, instances, part.times(instances)))
     live = [r for r in session.records if r.modules]
+    for path, reason in broken.modules(model, live).items() if model is not None else ():
+        out.eager_now.setdefault(path, reason)
     out.rows = _weighed(_collapse(fired) + _collapse(missed), live)
     counts: Counter[str] = Counter()
     for row in out.rows:

@@ -284,6 +284,12 @@ def is_random(node: fx.Node) -> bool:
     return name in _RANDOM
 
 
+def draws_in_vain(node: fx.Node) -> bool:
+    """Whether the call draws random numbers that nobody reads; it still moves the generator."""
+    seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return not node.users and (seeded or is_random(node))
+
+
 def has_effect(node: fx.Node) -> bool:
     """Whether the call does more than yield a value: its place among others of the kind counts."""
     return is_random(node) or node.is_impure()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ class Joint:
     free: frozenset[fx.Node]
 
     @classmethod
-    def read(cls, graph: fx.Graph, outputs: int, static: Sequence[int] | None) -> Joint:
+    def read(cls, graph: fx.Graph, outputs: int, static: Collection[int]) -> Joint:
         """Read a joint graph.
 
         Args:
@@ -51,7 +51,7 @@ class Joint:
         asked = {n for b in backward for n in b.all_input_nodes}
         asked |= {g for g in gradients if isinstance(g, fx.Node)}
         free = {base(n) for n in results if ir.is_tensor(n)}
-        free |= {primals[i] for i in static or () if i < len(primals)}
+        free |= {primals[i] for i in static if i < len(primals)}
         if len(gradients) == len(primals):
             free |= {p for p, g in zip(primals, gradients, strict=True) if g is None}
         return cls(

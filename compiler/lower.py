@@ -10,14 +10,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from fusewright.compiler import ir, partition
-from fusewright.compiler.partition import Partitioned
+from fusewright.compiler.partition import Asked
 
 aten = torch.ops.aten
 
@@ -32,20 +31,12 @@ def choose(requested: str, graph: fx.Graph) -> str:
     return "inductor" if devices & {"cuda", "xpu"} else "fx"
 
 
-@dataclass(frozen=True)
-class Splitting:
-    """How a lowering splits forward and backward: a level of ``partition``, and who is told."""
-
-    level: str
-    tell: Callable[[Partitioned], None]
-
-
 def lower(
     gm: fx.GraphModule,
     example_inputs: list[Any],
     how: str,
     autocast_device: str | None,
-    splitting: Splitting | None = None,
+    splitting: Asked | None = None,
 ) -> Callable[..., Any]:
     """The callable of a canonical graph.
 
@@ -85,36 +76,43 @@ def autocast_off(device: str | None) -> Any:
 
 
 def _inductor(
-    gm: fx.GraphModule, example_inputs: list[Any], splitting: Splitting | None
+    gm: fx.GraphModule, example_inputs: list[Any], splitting: Asked | None
 ) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
     patches: dict[str, Any] = {"fallback_random": True} if _draws(gm) else {}
     if splitting is not None:
-        ours = partition.for_inductor(splitting.level, splitting.tell)
-        patches["custom_partitioner_fn"] = ours
+        from fusewright.compiler.inductor_partition import Partitioner
+
+        patches["custom_partitioner_fn"] = Partitioner(splitting)
     run: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
     compiled: Callable[..., Any] = run
     return compiled
 
 
 def _split_fx(
-    gm: fx.GraphModule, example_inputs: list[Any], splitting: Splitting
+    gm: fx.GraphModule, example_inputs: list[Any], splitting: Asked
 ) -> Callable[..., Any]:
     """AOTAutograd's forward and backward, each run as the Python that fx generates."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch import config
+    from torch._guards import TracingContext
 
     def half(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        context = TracingContext.try_get()
+        if context is not None and context.fw_metadata is not None:
+            # Nothing here writes over what was saved, so a second backward stays possible.
+            context.fw_metadata.bw_donated_idxs = []
+        # Views were chosen by the fake tensors' strides, and the real ones may be others.
+        for node in graph.graph.find_nodes(op="call_function", target=aten.view.default):
+            node.target = aten.reshape.default
+        graph.recompile()
         boxed: Callable[..., Any] = make_boxed_func(graph.forward)
         return boxed
 
-    ours = functools.partial(partition.partition, level=splitting.level, tell=splitting.tell)
+    ours = functools.partial(partition.partition, splitting)
     backend = aot_autograd(fw_compiler=half, bw_compiler=half, partition_fn=ours)
-    # Nothing here writes over what was saved, so a second backward stays possible.
-    with config.patch(donated_buffer=False):
-        compiled: Callable[..., Any] = backend(gm, example_inputs)
+    compiled: Callable[..., Any] = backend(gm, example_inputs)
     return compiled
 
 

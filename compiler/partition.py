@@ -44,16 +44,39 @@ class Partitioned:
     recomputed: tuple[str, ...]
 
 
-def split(
-    joint: fx.GraphModule, level: str, outputs: int, static: Sequence[int] | None
-) -> Partitioned | None:
-    """Mark what is saved and what runs again on the joint graph's nodes.
+@dataclass(frozen=True)
+class Asked:
+    """How a region's joint graph is to be split.
 
-    None, and no marks, where the user's own checkpoint has marked it already.
+    Attributes:
+        level: one of ``LEVELS``.
+        tell: is handed what was chosen.
+        parameters: places of the inputs that are parameters, and how many inputs there are.
+        look: is handed the joint graph as it was read, before anything is marked.
     """
-    if any(n.meta.get("recompute") is not None for n in joint.graph.nodes):
-        return None
-    read = Joint.read(joint.graph, outputs, static)
+
+    level: str
+    tell: Callable[[Partitioned], None]
+    parameters: tuple[int, ...] = ()
+    inputs: int = 0
+    look: Callable[[Joint], None] | None = None
+
+    @classmethod
+    def of(cls, graph: fx.Graph, level: str, tell: Callable[[Partitioned], None]) -> Asked:
+        """For the region's canonical graph."""
+        inputs = graph.find_nodes(op="placeholder")
+        at = tuple(i for i, n in enumerate(inputs) if n.meta.get("parameter"))
+        return cls(level, tell, at, len(inputs))
+
+    def static(self, joint: fx.Graph, known: Sequence[int] | None) -> set[int]:
+        """Places of the joint graph's inputs that live on anyway; AOTAutograd knows the frozen."""
+        primals = [n for n in joint.find_nodes(op="placeholder") if "tangents" not in n.target]
+        ours = self.parameters if len(primals) == self.inputs else ()
+        return {*(known or ()), *ours}
+
+
+def split(read: Joint, level: str) -> Partitioned:
+    """Mark what is saved and what runs again on the joint graph's nodes."""
     kept = cuts.minimum(read, cuts.keep)
     chosen = kept if level == "keep" else cuts.minimum(read)
     for node in chosen.saved:
@@ -77,53 +100,35 @@ def _name(node: fx.Node) -> str:
 
 
 def partition(
+    asked: Asked,
     joint: fx.GraphModule,
     inputs: Any,
     *,
-    level: str,
-    tell: Callable[[Partitioned], None],
     num_fwd_outputs: int,
     static_lifetime_input_indices: list[int] | None = None,
     **given: Any,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """A ``partition_fn`` of AOTAutograd.
-
-    Args:
-        joint, inputs, num_fwd_outputs, static_lifetime_input_indices, given: AOTAutograd's.
-        level: one of ``LEVELS``.
-        tell: is handed what was chosen.
-    """
+    """A ``partition_fn`` of AOTAutograd, once it is known what is asked."""
     from functorch.compile import min_cut_rematerialization_partition
     from torch._functorch.compile_utils import fx_graph_cse
 
     joint.graph.eliminate_dead_code()
     joint.graph = fx_graph_cse(joint.graph)  # torch's own first step: the cut must see its outcome
     joint.recompile()
-    chosen = split(joint, level, num_fwd_outputs, static_lifetime_input_indices)
-    if chosen is not None:
-        tell(chosen)
+    static = asked.static(joint.graph, static_lifetime_input_indices)
+    read = Joint.read(joint.graph, num_fwd_outputs, static)
+    if asked.look is not None:
+        asked.look(read)
+    if not any(n.meta.get("recompute") is not None for n in joint.graph.nodes):
+        asked.tell(split(read, asked.level))  # else the user's own checkpoint has marked it
     given["num_fwd_outputs"] = num_fwd_outputs
     if static_lifetime_input_indices is not None:
         given["static_lifetime_input_indices"] = static_lifetime_input_indices
     return min_cut_rematerialization_partition(joint, inputs, **given)
 
 
-def for_inductor(level: str, tell: Callable[[Partitioned], None]) -> Any:
-    """What Inductor's ``custom_partitioner_fn`` takes; its compiled graphs stay cacheable."""
-    from torch._inductor.custom_graph_pass import CustomPartitionerFn
-
-    class Partitioner(CustomPartitionerFn):
-        def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **given: Any) -> Any:
-            return partition(gm, joint_inputs, level=level, tell=tell, **given)
-
-        def uuid(self) -> str:
-            return f"fusewright-{level}-{_sources()}"
-
-    return Partitioner()
-
-
 @functools.cache
-def _sources() -> str:
+def digest() -> str:
     """A digest of the code that decides a cut."""
     folder = Path(__file__).parent
     digest = hashlib.sha256(torch.__version__.encode())

@@ -151,7 +151,13 @@ def _lower(
 ) -> Callable[..., Any]:
     """The asked-for lowering; plain FX where it refuses the graph."""
     record.lowering = lower.choose(session.options.lowering, gm.graph)
+<<<<<<< HEAD
+    splitting = session.splitting(gm, record)
+=======
     splitting = _splitting(session, record)
+    if record.lowering == "fx" and any(map(ir.draws_in_vain, ir.calls(gm.graph))):
+        splitting = None  # AOTAutograd would drop the draw, and later ones would be others
+>>>>>>> zoo5
     if record.lowering == "fx" and splitting is None:
         return lower.lower(gm, example_inputs, "fx", device)
     kept = copy.deepcopy(gm)
@@ -166,20 +172,6 @@ def _lower(
         log.debug("%s refused region %s", who, record.region, exc_info=True)
         record.lowering, record.partitioned = "fx", None
         return lower.lower(kept, example_inputs, "fx", device)
-
-
-def _splitting(session: Session, record: GraphRecord) -> lower.Splitting | None:
-    """Our partition for blocks that are to be differentiated.
-
-    Under an activation checkpoint everything is kept: its recompute is followed by the backward at
-    once, and what were dropped in between would be computed a third time.
-    """
-    level = session.options.environment.partition
-    if record.kind != "block" or level == "torch" or not torch.is_grad_enabled():
-        return None
-    if session.checkpointed():
-        level = "keep"
-    return lower.Splitting(level, lambda chosen: setattr(record, "partitioned", chosen))
 
 
 def match_and_rewrite(

@@ -11,9 +11,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fusewright.compiler.config import Options
+from fusewright.compiler.partition import Asked
 from fusewright.compiler.records import GraphRecord
 from fusewright.compiler.storage import NeedsStorage, Wish
 from fusewright.compiler.stored import Stored
@@ -172,9 +173,18 @@ class Session:
             if missing:
                 raise NeedsStorage(missing)
 
-    def checkpointed(self) -> bool:
-        """Whether the running module is under a gradient checkpoint of its class's own."""
-        return bool(getattr(self._module, "gradient_checkpointing", False))
+    def splitting(self, gm: fx.GraphModule, record: GraphRecord) -> Asked | None:
+        """How a region's forward and backward are split where that is our choice: in blocks.
+
+        Under a gradient checkpoint everything is kept: its recompute is followed by the backward at
+        once, and what were dropped in between would be computed a third time.
+        """
+        level = self.options.environment.partition
+        if record.kind != "block" or level == "torch" or not torch.is_grad_enabled():
+            return None
+        if getattr(self._module, "gradient_checkpointing", False):
+            level = "keep"
+        return Asked.of(gm.graph, level, lambda chosen: setattr(record, "partitioned", chosen))
 
     def entering(self, path: str) -> None:
         """What runs next is the region at ``path``."""

@@ -346,6 +346,22 @@ def _save(inputs: dict[str, Any], outputs: tuple[torch.Tensor, ...]) -> Sequence
     return *outputs[1:], inputs["x"].dtype
 
 
+def _forward_flops(args: Sequence[Any], out: Any) -> Any:
+    """Of the logits and of dx; dW would be as much again as one of them."""
+    x, weight = args[:2]
+    return 4 * x.numel() * weight.shape[0]
+
+
+def _workspace(args: Sequence[Any], trained: frozenset[str]) -> int:
+    """A chunk's logits, dx, and dW with the weight's own gradient, at their largest."""
+    x, weight = args[:2]
+    summed = "weight" in trained
+    step = chunk_rows(x.shape[0], weight.shape[0], x.element_size(), summed)
+    wide = compute_dtype(x).itemsize
+    scratch = min(step, x.shape[0]) * weight.shape[0] * x.element_size()
+    return scratch + x.numel() * wide + summed * weight.numel() * (wide + weight.element_size())
+
+
 OPS = (
     OpSpec(
         forward="linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor labels, "
@@ -362,5 +378,7 @@ OPS = (
         fake=(_fake_fwd, _fake_bwd),
         triton=(triton_fwd, triton_bwd),
         forward_needs=True,
+        flops=(_forward_flops, lambda args, out: 0),
+        workspace=_workspace,
     ),
 )

@@ -41,7 +41,14 @@ import torch
 import torch.nn.functional as F
 
 from fusewright.kernels import lora_gemm
-from fusewright.kernels.lora_group import Group, Needs, Results, takes
+from fusewright.kernels.lora_group import (
+    Group,
+    Needs,
+    Results,
+    backward_flops,
+    forward_flops,
+    takes,
+)
 from fusewright.kernels.lora_products import scaled
 from fusewright.kernels.reduce import absent
 from fusewright.kernels.room import columns_of
@@ -274,5 +281,6 @@ OPS = (
         reference=(host_fwd, host_bwd),
         triton=(device_fwd, device_bwd),
         fake=(_fake_fwd, _fake_bwd),
+        flops=(forward_flops, backward_flops),
     ),
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -125,3 +125,18 @@ def plan(group: Group) -> Plan:
     split = group.dtype is torch.float32 and group.x.dtype is not torch.float32
     ones = any(b is not None for b in group.biases)
     return Plan(tuple(a.shape[0] for a in group.down), split, ones)
+
+
+def forward_flops(args: Sequence[Any], out: Any) -> Any:
+    """Of the layers' products with x (args[0]) and the thin ones; dropped inputs count like x."""
+    (pieces, thin), width = out, args[0].shape[-1]
+    return 2 * sum(y.numel() for y in pieces) * width + 4 * thin.numel() * width
+
+
+def backward_flops(args: Sequence[Any], out: Any) -> Any:
+    """Of dx and of the thin products' gradients; args are the gradients of y, thin, and then x."""
+    pieces, thin, x = args[:3]
+    width = x.shape[-1]
+    whole = 2 * sum(y.numel() for y in pieces) * width
+    trained = len([w for w in out[2] if w.dim() == 2]) if len(out) == 6 else 0
+    return whole * (2 if trained else 1) + 8 * thin.numel() * width

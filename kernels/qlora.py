@@ -29,7 +29,15 @@ import torch.nn.functional as F
 from fusewright.kernels import lora, lora_gemm, nf4, room
 from fusewright.kernels.codes import code
 from fusewright.kernels.launch import HAS_TRITON
-from fusewright.kernels.lora_group import Group, Needs, Results, plan, takes
+from fusewright.kernels.lora_group import (
+    Group,
+    Needs,
+    Results,
+    backward_flops,
+    forward_flops,
+    plan,
+    takes,
+)
 from fusewright.kernels.reduce import absent
 from fusewright.kernels.spec import OpSpec
 
@@ -275,6 +283,7 @@ OPS = (
         reference=(reference_fwd, reference_bwd),
         triton=(triton_fwd, triton_bwd) if HAS_TRITON else None,
         fake=(_fake_fwd, _fake_bwd),
+        flops=(forward_flops, backward_flops),
     ),
     OpSpec(
         forward="weight_4bit(Tensor packed, Tensor absmax, Tensor? offset, Tensor? nested_absmax, "

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 Implementation = Callable[..., Any]
+Work = Callable[[Sequence[Any], Any], Any]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class OpSpec:
             inputs may share one (a sum's operands). In order if empty.
         cheap: the forward is one pass over its data, without products and random draws: the backward
             may run it again where that keeps less memory alive.
+        flops: (forward, backward), each mapping the op's arguments and its results to the FLOPs of its
+            matrix products; symbolic sizes give symbolic numbers. None where there are no products.
+        workspace: where the forward computes gradients itself: (the op's arguments, names of the inputs
+            that are trained) -> bytes of scratch memory and results at once.
     """
 
     forward: str
@@ -53,6 +58,8 @@ class OpSpec:
     forward_needs: bool = False
     gradients: tuple[int, ...] = ()
     cheap: bool = False
+    flops: tuple[Work, Work] | None = None
+    workspace: Callable[[Sequence[Any], frozenset[str]], int] | None = None
 
     @property
     def name(self) -> str:

@@ -147,7 +147,7 @@ def _difference(picked: fx.Node) -> _Difference | None:
         for user in () if taken is None else taken.users:
             if not ir.is_call(user, aten.sub.Tensor) or user.kwargs or len(user.args) != 2:
                 continue
-            other: Any = ir.other_operand(user, taken)
+            other: Any = ir.other_operand(user, taken)  # type: ignore[arg-type]
             if ir.is_call(other, aten.logsumexp.default):
                 kept = bool(ir.argument(other, 2, False))
                 if kept is (taken is picked):
@@ -168,7 +168,7 @@ def _of_difference(picked: fx.Node) -> _Site | None:
     for node in (source, summed):
         while node is not rows:
             nodes.add(node)
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.args[0]
     return _Site(rows, index, found.out, frozenset(nodes), found.dropped, found.negated)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fusewright.kernels import catalogue
-from fusewright.kernels.spec import OpSpec
+from fusewright.kernels.spec import OpSpec, Work
 from fusewright.runtime import quick
 from fusewright.runtime.replay import Planned, planned
 from fusewright.runtime.rule import Arguments, applied
@@ -132,6 +132,23 @@ def register_all() -> torch.library.Library:
 def cheap_ops() -> frozenset[str]:
     """Names of the ops whose forward the backward may run again (``OpSpec.cheap``)."""
     return frozenset(s.name for s in catalogue() if s.cheap and not s.forward_needs)
+
+
+@functools.cache
+def flop_formulas() -> dict[str, Work]:
+    """By operator name, what ``OpSpec.flops`` says of the op and of its backward."""
+    found: dict[str, Work] = {}
+    for spec in catalogue():
+        if spec.flops is not None:
+            names = spec.name, spec.backward.split("(", 1)[0]
+            found |= dict(zip(names, spec.flops, strict=True))
+    return found
+
+
+@functools.cache
+def workspaces() -> dict[str, OpSpec]:
+    """By name, the ops that say what memory they need at once (``OpSpec.workspace``)."""
+    return {s.name: s for s in catalogue() if s.workspace is not None}
 
 
 def _planned(spec: OpSpec, name: str, which: int, device: str) -> Planned | None:

@@ -270,6 +270,22 @@ def test_a_random_draw_that_nobody_reads_still_moves_the_generator() -> None:
     check(drawing, [rows(2, 8), perturbed(8)], {"rms_norm": 1})
 
 
+@torch.library.custom_op("fusewright_tests::columns_first", mutates_args=())
+def columns_first(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+columns_first.register_fake(torch.empty_like)
+columns_first.register_autograd(lambda ctx, dy: dy * 1)
+
+
+def test_strides_that_are_not_those_of_the_fake_tensor() -> None:
+    def flat(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return columns_first(_normed(x, w)).reshape(x.shape[0], -1) * 2
+
+    check(flat, [rows(3, 4, 8), perturbed(8)], {"rms_norm": 1})
+
+
 def test_equal_views_become_one_but_not_of_a_value_that_is_written() -> None:
     def twice(x: torch.Tensor) -> torch.Tensor:
         return x[:, None].cos() + x[:, None].sin()

@@ -57,3 +57,19 @@ def test_the_choice_of_experts_is_computed_as_before() -> None:
     for target in _ROUTING:
         assert _targets(record, True).count(target) == _targets(record, False).count(target) == 1
     assert torch.ops.fusewright.glu_packed.default in _targets(record, True)
+
+
+def test_experts_in_a_loop_are_left_alone_and_the_report_says_so() -> None:
+    model = models.build("qwen3_moe", experts_implementation="eager")
+    plain = models.twin(model)
+    fusewright.optimize(model, lowering="fx")
+    batch = models.batch()
+    losses = [m(**batch, use_cache=False).loss for m in (model, plain)]
+    torch.testing.assert_close(*losses)
+    report = fusewright.report(model)
+    assert not [r for r in report.rows if r.pattern == "glu"] and report.counts["rms_norm"] == 9
+    said = {path: why for path, why in report.eager_now.items() if path.endswith("experts")}
+    assert len(said) == models.LAYERS
+    for why in said.values():
+        assert "the graph breaks in it at modeling_" in why
+        assert "set_experts_implementation('grouped_mm')" in why

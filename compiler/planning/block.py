@@ -1,0 +1,166 @@
+"""One kind of block: its joint graph with formulas, and the ways to run it that are worth having."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+from torch import fx
+
+from fusewright.compiler import cut as cuts
+from fusewright.compiler import ir
+from fusewright.compiler.joint import Joint
+from fusewright.compiler.planning import work
+from fusewright.compiler.planning.devices import Device
+from fusewright.compiler.recompute import base, repeatable
+
+KEEP, WHOLE = "keep", "whole block"
+_HIGHEST, _LOWEST, _DEPTH = 4e13, 1e9, 4  # bytes of memory per second of recompute
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One way of running a block at one size: what it costs.
+
+    Attributes:
+        saved: bytes kept from its forward to its backward.
+        forward, backward: bytes that are alive for the time of its forward or backward beyond what is
+            saved, at the worst moment.
+        seconds: of what is run again.
+    """
+
+    saved: float
+    forward: float
+    backward: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way of running a block.
+
+    Attributes:
+        name: for people.
+        price: bytes of memory that a second is worth: what the cut was made with; 0 for the whole
+            block from its input, infinity where nothing runs again.
+        cut: what is saved and what runs again.
+    """
+
+    name: str
+    price: float
+    cut: cuts.Cut
+
+
+@dataclass
+class Block:
+    """A kind of block, seen once and repeated.
+
+    Attributes:
+        joint: its joint graph.
+        symbols: (batch, sequence) symbols of the graph; None where the size was fixed.
+        paths: the modules that run it.
+        choices: the front, from the fastest to the smallest.
+    """
+
+    joint: Joint
+    symbols: tuple[Any, Any]
+    paths: list[str] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.nodes = [n for n in self.joint.graph.nodes if n.op != "output"]
+        self.works = {n: work.of(n) for n in self.nodes}
+        self._evaluate = self._compiled()
+
+    def _compiled(self) -> Callable[[int, int], Sequence[float]]:
+        names = sympy.Symbol("batch"), sympy.Symbol("sequence")
+        known = {s: n for s, n in zip(self.symbols, names, strict=True) if s is not None}
+        flat = [e.subs(known) for w in self.works.values() for e in (w.memory, w.moved, w.flops)]
+        function: Callable[[int, int], Sequence[float]] = sympy.lambdify(names, flat, "math")
+        return function
+
+    def numbers(self, batch: int, sequence: int) -> dict[fx.Node, tuple[float, float, float]]:
+        """Per node: bytes of memory, bytes moved, FLOPs."""
+        flat = self._evaluate(batch, sequence)
+        triples = zip(flat[0::3], flat[1::3], flat[2::3], strict=True)
+        return dict(zip(self.works, triples, strict=True))
+
+    def formula(self, choice: Choice) -> sympy.Expr:
+        """Bytes that a choice saves, over ``batch`` and ``sequence``."""
+        names = sympy.Symbol("batch"), sympy.Symbol("sequence")
+        known = {s: n for s, n in zip(self.symbols, names, strict=True) if s is not None}
+        total = sum(self._memory(b) for b in self._bases(choice.cut.saved))
+        return sympy.expand(total.subs(known) if isinstance(total, sympy.Expr) else total)
+
+    def _memory(self, node: fx.Node) -> Any:
+        return work._storage(ir.value(node))
+
+    def _bases(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        return {base(n) for n in nodes if ir.is_tensor(n)} - self.joint.free
+
+
+def build(joint: Joint, symbols: tuple[Any, Any], device: Device, sizes: tuple[int, int]) -> Block:
+    """The block of a joint graph with its front at (batch, sequence) = ``sizes``."""
+    block = Block(joint, symbols)
+    numbers = block.numbers(*sizes)
+
+    def seconds(node: fx.Node) -> float:
+        _, moved, flops = numbers[node]
+        return block.works[node].seconds(device, moved, flops)
+
+    def at(price: float) -> Choice:
+        def cost(node: fx.Node) -> float | None:
+            return price * seconds(node) if repeatable(node) else None
+
+        found = cuts.minimum(joint, cost)
+        heavy = [n for n in found.recomputed if numbers[n][2] and n in joint.required]
+        some = [n for n in found.recomputed if numbers[n][1] and n in joint.required]
+        plural = "s" if len(heavy) > 1 else ""
+        name = f"pointwise and {len(heavy)} product{plural}" if heavy else "pointwise"
+        return Choice(name if some else KEEP, price, found)
+
+    ends = at(_HIGHEST), at(_LOWEST)
+    found = [Choice(KEEP, math.inf, cuts.minimum(joint, cuts.keep)), *ends]
+    _between(*ends, at, found, _DEPTH)
+    found.append(Choice(WHOLE, 0.0, _whole(joint)))
+    block.choices = front(block, found, device, sizes)
+    return block
+
+
+def _between(
+    high: Choice, low: Choice, at: Callable[[float], Choice], found: list[Choice], depth: int
+) -> None:
+    """Cuts at prices between two, where those differ."""
+    if depth == 0 or set(high.cut.saved) == set(low.cut.saved):
+        return
+    middle = at(math.sqrt(high.price * low.price))
+    found.append(middle)
+    _between(high, middle, at, found, depth - 1)
+    _between(middle, low, at, found, depth - 1)
+
+
+def _whole(joint: Joint) -> cuts.Cut:
+    """Everything again from the block's inputs, as a gradient checkpoint runs it."""
+    inputs = tuple(n for n in joint.forward if n.op == "placeholder")
+    calls = tuple(n for n in joint.forward if n.op == "call_function" and n in joint.required)
+    return cuts.Cut(inputs, calls)
+
+
+def front(
+    block: Block, found: Sequence[Choice], device: Device, sizes: tuple[int, int]
+) -> list[Choice]:
+    """Those choices that no other beats in both memory and time, the fastest first."""
+    from fusewright.compiler.planning.liveness import measure
+
+    measured = [(measure(block, c, device, *sizes), c) for c in found]
+    measured.sort(key=lambda pair: (pair[0].seconds, pair[0].saved))
+    kept: list[Choice] = []
+    least = math.inf
+    for measure_, choice in measured:
+        if measure_.saved < least:
+            kept.append(choice)
+            least = measure_.saved
+    return kept

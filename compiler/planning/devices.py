@@ -1,0 +1,66 @@
+"""What a device can do: rates that turn FLOPs and bytes into seconds, and how much memory there is.
+
+The built-in rates are what a training step's kernels sustain, not what a data sheet promises: H200 as
+measured (GEMMs of 690 TFLOP/s in bf16 over minutes, copies at 4.2 TB/s, cuDNN's attention); the others
+scaled from it by their data sheets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+class UnknownDevice(ValueError):
+    """The device is not among those that are described."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device's rates.
+
+    Attributes:
+        name: as users write it.
+        memory: bytes.
+        products: FLOP/s of large 16-bit matrix products.
+        attention, attention_backward: FLOP/s of fused causal attention.
+        bandwidth: bytes/s of a copy, read and written bytes counted.
+        launch: seconds that a kernel takes at least.
+    """
+
+    name: str
+    memory: int
+    products: float
+    attention: float
+    attention_backward: float
+    bandwidth: float
+    launch: float = 4e-6
+
+    def seconds(self, flops: float, moved: float) -> float:
+        """Of a kernel that does ``flops`` and moves ``moved`` bytes: the slower of the two."""
+        return max(flops / self.products, moved / (0.9 * self.bandwidth), self.launch)
+
+
+DEVICES = {
+    "h200": Device("h200", int(139.8 * GIB), 690e12, 615e12, 474e12, 4.2e12),
+    "h100": Device("h100", int(79.1 * GIB), 640e12, 570e12, 440e12, 2.9e12),
+    "a100": Device("a100", int(79.2 * GIB), 250e12, 190e12, 150e12, 1.75e12),
+    "a100-40gb": Device("a100-40gb", int(39.4 * GIB), 250e12, 190e12, 150e12, 1.35e12),
+}
+
+
+def describe(name: str) -> Device:
+    """The built-in description of ``name``; a card's own long name will do.
+
+    Raises:
+        UnknownDevice: there is none; the message lists those there are.
+    """
+    wanted = name.lower().replace("_", "-")
+    if wanted in DEVICES:
+        return DEVICES[wanted]
+    for known in ("h200", "h100", "a100"):
+        if known in wanted.replace("-", " ").split() or known in wanted:
+            small = known == "a100" and "40gb" in wanted
+            return DEVICES["a100-40gb" if small else known]
+    raise UnknownDevice(f"device: unknown {name!r}; known are {', '.join(DEVICES)}")

@@ -1,0 +1,113 @@
+"""What is alive while a block's forward and backward run, value by value, for one choice of its cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from fusewright.compiler import ir
+from fusewright.compiler.planning.block import WHOLE, Block, Choice, Measure
+from fusewright.compiler.planning.devices import Device
+from fusewright.compiler.recompute import base
+
+Numbers = dict[fx.Node, tuple[float, float, float]]
+
+
+def measure(block: Block, choice: Choice, device: Device, batch: int, sequence: int) -> Measure:
+    """The cost of one way of running the block at one size."""
+    numbers = block.numbers(batch, sequence)
+    joint = block.joint
+    kept = {base(n) for n in choice.cut.saved if ir.is_tensor(n)} - joint.free
+    sizes = {n: _size(n, numbers) for n in block.nodes}
+    saved = sum(sizes[n] for n in kept)
+    again = [n for n in choice.cut.recomputed if n in joint.required]
+    seconds = sum(block.works[n].seconds(device, *numbers[n][1:]) for n in again)
+    forward = _peak([n for n in joint.forward if n in joint.required], sizes, kept | joint.free)
+    if choice.name == WHOLE:
+        # The forward runs once more and keeps what its backward reads.
+        inner = measure(block, block_keep(block), device, batch, sequence)
+        return Measure(saved, forward, inner.saved - saved + inner.backward, seconds)
+    ran = list(joint.forward) if not choice.cut.recomputed else list(choice.cut.recomputed)
+    backward = _order(block, set(ran))
+    return Measure(saved, forward, _peak(backward, sizes, kept | joint.free), seconds)
+
+
+def block_keep(block: Block) -> Choice:
+    """The choice that runs nothing again."""
+    import math
+
+    from fusewright.compiler import cut as cuts
+
+    return Choice("keep", math.inf, cuts.minimum(block.joint, cuts.keep))
+
+
+def forward_seconds(block: Block, device: Device, batch: int, sequence: int) -> float:
+    """Of the block's forward."""
+    numbers = block.numbers(batch, sequence)
+    return sum(
+        block.works[n].seconds(device, *numbers[n][1:])
+        for n in block.joint.forward
+        if n in block.joint.required
+    )
+
+
+def backward_seconds(block: Block, device: Device, batch: int, sequence: int) -> float:
+    """Of the block's backward, without what it runs again."""
+    numbers = block.numbers(batch, sequence)
+    required = block.joint.required
+    return sum(
+        block.works[n].seconds(device, *numbers[n][1:]) for n in block.nodes if n not in required
+    )
+
+
+def _size(node: fx.Node, numbers: Numbers) -> float:
+    """Bytes that come to life with the node; an item of a tuple has its own, a view none."""
+    if base(node) is not node or not ir.is_tensor(node):
+        return 0.0
+    return numbers[node][0]
+
+
+def _order(block: Block, again: set[fx.Node]) -> list[fx.Node]:
+    """The backward's calls, each second run just before its first reader."""
+    forward = set(block.joint.forward)
+    done: set[fx.Node] = set()
+    order: list[fx.Node] = []
+    for node in block.nodes:
+        if node in forward or node.op == "placeholder":
+            continue
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            waiting = [i for i in top.all_input_nodes if i in again and i not in done]
+            if top in done or not waiting:
+                stack.pop()
+                if top not in done:
+                    done.add(top)
+                    order.append(top)
+            else:
+                stack += waiting
+    return order
+
+
+def _peak(order: list[fx.Node], sizes: dict[fx.Node, float], outside: Iterable[fx.Node]) -> float:
+    """The most bytes alive at once, of values that are made in ``order`` and freed after their last use.
+
+    ``outside`` are values that are counted elsewhere.
+    """
+    outside, made = set(outside), set(order)
+    last: dict[fx.Node, int] = {}
+    for i, node in enumerate(order):
+        for read in (node, *node.all_input_nodes):
+            last[base(read)] = i
+    ends: dict[int, list[fx.Node]] = {}
+    for node, i in last.items():
+        if node in made and node not in outside:
+            ends.setdefault(i, []).append(node)
+    alive = most = 0.0
+    for i, node in enumerate(order):
+        if node not in outside:
+            alive += sizes[node]
+            most = max(most, alive)
+        alive -= sum(sizes[n] for n in ends.get(i, ()))
+    return most
