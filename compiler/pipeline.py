@@ -151,13 +151,9 @@ def _lower(
 ) -> Callable[..., Any]:
     """The asked-for lowering; plain FX where it refuses the graph."""
     record.lowering = lower.choose(session.options.lowering, gm.graph)
-<<<<<<< HEAD
     splitting = session.splitting(gm, record)
-=======
-    splitting = _splitting(session, record)
     if record.lowering == "fx" and any(map(ir.draws_in_vain, ir.calls(gm.graph))):
         splitting = None  # AOTAutograd would drop the draw, and later ones would be others
->>>>>>> zoo5
     if record.lowering == "fx" and splitting is None:
         return lower.lower(gm, example_inputs, "fx", device)
     kept = copy.deepcopy(gm)
