@@ -1,4 +1,4 @@
-"""The command line: ``fusewright report`` and ``fusewright doctor``.
+"""The command line: ``fusewright report``, ``fusewright bench`` and ``fusewright doctor``.
 
 Answers go to stdout; everything else, and the one line that says what was wrong with a question,
 goes to stderr. Exit code 2 is a question that cannot be answered.
@@ -7,6 +7,7 @@ goes to stderr. Exit code 2 is a question that cannot be answered.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -150,6 +151,61 @@ def doctor(
         console.print(", ".join(f"{k} {v}" for k, v in device.items()), markup=False)
     for feature, obstacle in found["works"].items():
         console.print(f"{'no ' if obstacle else 'yes'} {feature}{obstacle and ': ' + obstacle}")
+
+
+@app.command()
+def bench(
+    target: Annotated[
+        str, typer.Argument(help="a model type, a config.json, or a folder with one")
+    ],
+    batch: Annotated[int, typer.Option(min=1, help="rows of the batch")] = 1,
+    sequence: Annotated[
+        int, typer.Option(min=0, help="tokens a row; 0: as the config allows, at most 4096")
+    ] = 0,
+    dtype: Annotated[
+        str, typer.Option(help=", ".join(_DTYPES), autocompletion=lambda: list(_DTYPES))
+    ] = "bfloat16",
+    lora: Annotated[int, typer.Option(min=0, help="adapters of this rank on every linear")] = 0,
+    layers: Annotated[int, typer.Option(min=0, help="the first so many layers; 0: all")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="timed steps of each")] = 10,
+    lowering: Annotated[str, typer.Option(help="auto, fx, inductor")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run the code that a config names")
+    ] = False,
+) -> None:
+    """Time a training step here, eager against optimised, with random weights."""
+    with _errors():
+        if lowering not in ("auto", "fx", "inductor"):
+            _refuse(f"--lowering must be one of auto, fx, inductor; got {lowering!r}")
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        asked = _question(batch, sequence, dtype, lora, trust_remote_code)
+        with contextlib.redirect_stdout(sys.stderr):
+            from fusewright.bench import compare
+            from fusewright.targets import build
+
+            built = build(target, dataclasses.replace(asked, device=device, layers=layers))
+            found = built.about | compare(built.model, built.inputs, steps, lowering)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        _show_times(found)
+
+
+def _show_times(found: dict[str, Any]) -> None:
+    """The comparison as a table of a row for each, and a line on what was rewritten."""
+    columns = ("milliseconds", "tokens_per_second", "step_gib", "first_step_seconds", "loss")
+    table = Table("", *(name.replace("_", " ") for name in columns), show_edge=False)
+    for name in ("eager", "optimised"):
+        row = (found[name][column] for column in columns)
+        table.add_row(name, *("" if v is None else f"{v:,.4g}" for v in row))
+    console = Console(width=None if sys.stdout.isatty() else 118, highlight=False)
+    console.print(f"{found['model']}, {found['batch']} x {found['sequence']}, {found['device']}")
+    console.print(table)
+    counts = ", ".join(f"{name} {count}" for name, count in found["counts"].items())
+    console.print(f"{found['speedup']:.2f} times as fast; rewritten: {counts or 'nothing'}")
 
 
 def _question(batch: int, sequence: int, dtype: str, lora: int, trust: bool) -> Question:

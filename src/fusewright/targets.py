@@ -1,6 +1,6 @@
 """What the command line may be asked about: a model type, a config.json, or a folder with one.
 
-The model is built on the meta device, so that no weight is ever allocated.
+The model is built on the meta device, so that no weight is ever allocated, unless another is named.
 """
 
 from __future__ import annotations
@@ -49,18 +49,24 @@ class MissingExtra(BadTarget):
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about a model besides its name; sequence 0 is what the config allows, to 4096."""
+    """What is asked about a model besides its name.
+
+    Sequence 0 is what the config allows, to 4096; layers 0 is as many as the config has. On another
+    device than meta the weights are drawn at random.
+    """
 
     batch: int = 1
     sequence: int = 0
     dtype: str = "bfloat16"
     lora: int = 0
     trust_remote_code: bool = False
+    device: str = "meta"
+    layers: int = 0
 
 
 @dataclass(frozen=True)
 class Built:
-    """A model on the meta device and the batch to observe it with."""
+    """A model on the question's device and the batch to observe it with."""
 
     model: nn.Module
     inputs: dict[str, torch.Tensor]
@@ -68,7 +74,7 @@ class Built:
 
 
 def build(target: str, question: Question) -> Built:
-    """The model of a target, in training mode, on the meta device.
+    """The model of a target, in training mode, on the question's device.
 
     Raises:
         BadTarget: there is no such target, or it does not build; the message says which and why.
@@ -77,15 +83,17 @@ def build(target: str, question: Question) -> Built:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     longest = int(getattr(text, "max_position_embeddings", 0) or _LONGEST)
     sequence = question.sequence or min(_LONGEST, longest)
+    if question.layers:
+        _shorten(text, question.layers)
     model = _model(target, config, question)
     if question.lora:
-        model = _with_adapters(model, question.lora)
+        model = _with_adapters(model, question)
     vocabulary = int(getattr(text, "vocab_size", 0) or 2)
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (question.batch, sequence))
     about = {"model": type(model).__name__, "target": target, "batch": question.batch}
     about |= {"sequence": sequence, "dtype": question.dtype}
     about |= {"lora": question.lora} if question.lora else {}
-    return Built(model.train(), {"input_ids": ids, "labels": ids.to("meta")}, about)
+    return Built(model.train(), {"input_ids": ids, "labels": ids.to(question.device)}, about)
 
 
 def _config(target: str, question: Question) -> Any:
@@ -152,7 +160,7 @@ def _model(target: str, config: Any, question: Question) -> nn.Module:
         if head is None or not _takes(head, config, question):
             continue
         try:
-            with torch.device("meta"):
+            with torch.device(question.device):
                 model: nn.Module = head.from_config(
                     config, dtype=dtype, trust_remote_code=question.trust_remote_code
                 )
@@ -169,15 +177,27 @@ def _takes(head: Any, config: Any, question: Question) -> bool:
     return type(config) in head._model_mapping or bool(remote)
 
 
-def _with_adapters(model: nn.Module, rank: int) -> nn.Module:
+def _shorten(config: Any, layers: int) -> None:
+    """Keep the first ``layers`` layers of a config, and of its lists of one entry a layer."""
+    had = getattr(config, "num_hidden_layers", None)
+    if had is None or layers > had:
+        raise BadTarget(f"--layers {layers}: the config has {had or 'no number of'} layers")
+    config.num_hidden_layers = layers
+    for name, entries in vars(config).items():
+        if isinstance(entries, list) and len(entries) == had:
+            setattr(config, name, entries[:layers])
+
+
+def _with_adapters(model: nn.Module, question: Question) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise MissingExtra("peft", "hf") from None
+    rank, meta = question.lora, question.device == "meta"
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_linears(model))
     try:
-        with torch.device("meta"):
-            adapted: nn.Module = get_peft_model(model, settings, low_cpu_mem_usage=True)
+        with torch.device(question.device):
+            adapted: nn.Module = get_peft_model(model, settings, low_cpu_mem_usage=meta)
     except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
         raise BadTarget(f"peft cannot adapt this model: {_brief(error)}") from error
     return adapted
