@@ -139,6 +139,22 @@ def latest() -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["type"], row["mode"]): row for row in rows}
 
 
+def recorded() -> dict[tuple[str, str], dict[str, Any]]:
+    """The lines behind bench/results/zoo.json: they stand for what was not run here."""
+    path = ROOT / "bench" / "results" / "zoo.json"
+    types = json.loads(path.read_text())["types"] if path.exists() else {}
+    found = {}
+    for name, entry in types.items():
+        for mode, own in entry["modes"].items():
+            row = {"type": name, "class": entry["class"], "mode": mode, "commit": own["commit"]}
+            if "missed" in own:  # the type ran; its mode says how that went
+                row |= {"status": "ran", "sites": entry["sites"], "modes": {mode: own}}
+            else:
+                row |= {"status": own["status"], "reason": own.get("reason", "")}
+            found[name, mode] = row
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("types", nargs="*", help="model types; all that have no line yet if none")
@@ -160,7 +176,7 @@ def main() -> None:
         _load()
         os.nice(10)
         sweep(jobs, given.workers, given.limit)
-    zoo_table.write(latest())
+    zoo_table.write(recorded() | latest())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
 
 from fusewright.compiler import pipeline
 from fusewright.compiler.records import Binding
@@ -85,13 +86,25 @@ def compiled_forward(forward: Callable[..., Any], backend: Backend) -> Callable[
 
 
 def _region_forward(cls: type[nn.Module], backend: Backend, session: Session) -> Any:
+    """The forward of a block or leaf; blocks that a memory plan treats apart are compiled apart."""
     inner = modules.inner_forward(cls)
-    compiled = compiled_forward(inner, backend)
+    ways: dict[float | None, Callable[..., Any]] = {None: compiled_forward(inner, backend)}
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if wants_compiled(self, session) and not session.hooked_since(self):
-            return session.call(backend.kind, self, compiled, args, kwargs)
-        return inner(self, *args, **kwargs)
+        if not wants_compiled(self, session) or session.hooked_since(self):
+            return inner(self, *args, **kwargs)
+        if session.memory is None or backend.kind != "block":
+            return session.call(backend.kind, self, ways[None], args, kwargs)
+        price = session.memory.price(self, session.paths.get(self, "?"), (args, kwargs))
+        if price not in ways:
+            ways[price] = compiled_forward(inner, backend)
+        if price != 0:
+            return session.call(backend.kind, self, ways[price], args, kwargs)
+
+        def run(*args: Any) -> Any:
+            return session.call(backend.kind, self, ways[price], args, kwargs)
+
+        return checkpoint(run, *args, use_reentrant=False)
 
     return forward
 

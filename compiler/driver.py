@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from fusewright.compiler import capture, coverage, explain, regions
 from fusewright.compiler.config import Options
 from fusewright.compiler.match import Pattern
+from fusewright.compiler.planning import devices
+from fusewright.compiler.planning.budget import parse
+from fusewright.compiler.planning.execute import Memory
 from fusewright.compiler.records import Binding
 from fusewright.compiler.session import Session
 from fusewright.runtime import module as modules
 from fusewright.runtime.op import register_all
+
+if TYPE_CHECKING:
+    from fusewright.compiler.planning.plan import Planner
 
 
 def optimize(
@@ -29,8 +35,6 @@ def optimize(
         raise ValueError(
             f"this {type(model).__name__} is optimised already; fusewright.restore(model) undoes it"
         )
-    if options.get("memory_budget") is not None:
-        raise ValueError("memory_budget: the memory planner is not part of this version; pass None")
     session = Session(Options.build(catalogue, **options))
     for line in notes:
         session.note(line)
@@ -38,7 +42,26 @@ def optimize(
     register_all()
     if found.head is None:
         session.note("no module takes labels: the loss is outside of the model and left alone")
+    if session.options.memory_budget is not None:
+        session.memory = _memory(model, catalogue, session)
     capture.install(model, found, session)
+
+
+def _memory(model: nn.Module, catalogue: Sequence[Pattern], session: Session) -> Memory:
+    """The budget, refused here already where it is no size; planned at the first batch."""
+    device = devices.at_hand()
+    budget = session.options.memory_budget
+    assert budget is not None
+    parse(budget, device.memory)
+
+    def planner(sizes: tuple[int, int]) -> Planner:
+        from fusewright.compiler.planning.plan import Planner, text_inputs, without_weights
+
+        with modules.uninstalled(model):
+            bare = without_weights(model)
+        return Planner(bare, text_inputs(bare), catalogue, device, sizes)
+
+    return Memory(budget, device, planner, session.note)
 
 
 def report(model: Any) -> explain.CoverageReport:

@@ -187,8 +187,19 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
     for node in reversed(canonical.graph.nodes):
         if node.target in (_ENTER_AUTOCAST, _EXIT_AUTOCAST):
             canonical.graph.erase_node(node)
-    # The fake tensors that make_fx records are detached and no longer say it.
-    for node, example in zip(canonical.graph.find_nodes(op="placeholder"), examples, strict=True):
+    # What AOTAutograd reads off Dynamo's graphs: where inputs come from, and which keep their address.
+    if not list(canonical.parameters()) + list(canonical.buffers()):
+        canonical.meta |= {key: value for key, value in gm.meta.items() if "dynamo" in key}
+        vars(canonical)["_param_name_to_source"] = getattr(gm, "_param_name_to_source", {})
+    # The fake tensors that make_fx records are detached and no longer say whether they are parameters.
+    given = gm.graph.find_nodes(op="placeholder")
+    for node, example, of in zip(
+        canonical.graph.find_nodes(op="placeholder"), examples, given, strict=True
+    ):
+        if hasattr(of, "_dynamo_source"):
+            node._dynamo_source = of._dynamo_source
+        if "tensor_dict" in of.meta:
+            node.meta["tensor_dict"] = of.meta["tensor_dict"]
         node.meta["requires_grad"] = bool(getattr(example, "requires_grad", False))
         node.meta["parameter"] = isinstance(example, torch.nn.Parameter)
     simplify(canonical.graph)

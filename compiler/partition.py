@@ -49,10 +49,11 @@ class Asked:
     """How a region's joint graph is to be split.
 
     Attributes:
-        level: one of ``LEVELS``.
+        level: one of ``LEVELS``, or the name of a planned choice.
         tell: is handed what was chosen.
         parameters: places of the inputs that are parameters, and how many inputs there are.
         look: is handed the joint graph as it was read, before anything is marked.
+        cut: makes the cut of a planned choice, which ``level`` then names.
     """
 
     level: str
@@ -60,6 +61,7 @@ class Asked:
     parameters: tuple[int, ...] = ()
     inputs: int = 0
     look: Callable[[Joint], None] | None = None
+    cut: Callable[[Joint], cuts.Cut] | None = None
 
     @classmethod
     def of(cls, graph: fx.Graph, level: str, tell: Callable[[Partitioned], None]) -> Asked:
@@ -75,10 +77,13 @@ class Asked:
         return {*(known or ()), *ours}
 
 
-def split(read: Joint, level: str) -> Partitioned:
+def split(read: Joint, asked: Asked) -> Partitioned:
     """Mark what is saved and what runs again on the joint graph's nodes."""
     kept = cuts.minimum(read, cuts.keep)
-    chosen = kept if level == "keep" else cuts.minimum(read)
+    if asked.cut is not None:
+        chosen = asked.cut(read)
+    else:
+        chosen = kept if asked.level == "keep" else cuts.minimum(read)
     for node in chosen.saved:
         if node.op == "call_function" and not is_symbol(node):
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -86,7 +91,7 @@ def split(read: Joint, level: str) -> Partitioned:
         if not is_symbol(node):
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
     return Partitioned(
-        level,
+        asked.level,
         chosen.bytes(read),
         kept.bytes(read),
         chosen.moved(),
@@ -120,7 +125,7 @@ def partition(
     if asked.look is not None:
         asked.look(read)
     if not any(n.meta.get("recompute") is not None for n in joint.graph.nodes):
-        asked.tell(split(read, asked.level))  # else the user's own checkpoint has marked it
+        asked.tell(split(read, asked))  # else the user's own checkpoint has marked it
     given["num_fwd_outputs"] = num_fwd_outputs
     if static_lifetime_input_indices is not None:
         given["static_lifetime_input_indices"] = static_lifetime_input_indices

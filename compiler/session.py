@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from fusewright.compiler.config import Options
 from fusewright.compiler.partition import Asked
+from fusewright.compiler.planning.execute import Memory
 from fusewright.compiler.records import GraphRecord
 from fusewright.compiler.storage import NeedsStorage, Wish
 from fusewright.compiler.stored import Stored
@@ -100,6 +101,7 @@ class Session:
         self._hooks = weakref.WeakKeyDictionary()
         self.settings = {kind: dynamo_settings(kind) for kind in ("block", "leaf", "head")}
         self.stored = Stored(self.note)
+        self.memory: Memory | None = None
         self._running = ""
         self._module: nn.Module | None = None
         self._ran: list[GraphRecord] = []
@@ -180,6 +182,9 @@ class Session:
         once, and what were dropped in between would be computed a third time.
         """
         level = self.options.environment.partition
+        planned = self.memory and self.memory.asked(gm.graph, self._running, record)
+        if planned:
+            return planned
         if record.kind != "block" or level == "torch" or not torch.is_grad_enabled():
             return None
         if getattr(self._module, "gradient_checkpointing", False):

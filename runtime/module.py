@@ -12,7 +12,8 @@ import copy
 import copyreg
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -105,3 +106,16 @@ def uninstall(module: nn.Module) -> None:
     """Give the instance its original class back; does nothing if none was installed."""
     if installed(module) is not None:
         module.__class__ = original_class(module)
+
+
+@contextmanager
+def uninstalled(model: nn.Module) -> Iterator[None]:
+    """The model's modules have their original classes inside, and their installed ones after it."""
+    found = [(m, type(m)) for m in model.modules() if installed(m) is not None]
+    for module, _ in found:
+        uninstall(module)
+    try:
+        yield
+    finally:
+        for module, made in found:
+            install(module, made)

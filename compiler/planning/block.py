@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +13,12 @@ from torch import fx
 from fusewright.compiler import cut as cuts
 from fusewright.compiler import ir
 from fusewright.compiler.joint import Joint
+from fusewright.compiler.planning import price as price_
 from fusewright.compiler.planning import work
 from fusewright.compiler.planning.devices import Device
-from fusewright.compiler.recompute import base, repeatable
+from fusewright.compiler.recompute import base
 
+BATCH, SEQUENCE = sympy.symbols("batch sequence", positive=True, integer=True)
 KEEP, WHOLE = "keep", "whole block"
 _HIGHEST, _LOWEST, _DEPTH = 4e13, 1e9, 4  # bytes of memory per second of recompute
 
@@ -60,14 +62,12 @@ class Block:
 
     Attributes:
         joint: its joint graph.
-        symbols: (batch, sequence) symbols of the graph; None where the size was fixed.
-        paths: the modules that run it.
+        symbols: what each symbol of the graph is: ``BATCH``, ``SEQUENCE``, or a number.
         choices: the front, from the fastest to the smallest.
     """
 
     joint: Joint
-    symbols: tuple[Any, Any]
-    paths: list[str] = field(default_factory=list)
+    symbols: dict[Any, Any]
     choices: list[Choice] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -76,10 +76,12 @@ class Block:
         self._evaluate = self._compiled()
 
     def _compiled(self) -> Callable[[int, int], Sequence[float]]:
-        names = sympy.Symbol("batch"), sympy.Symbol("sequence")
-        known = {s: n for s, n in zip(self.symbols, names, strict=True) if s is not None}
-        flat = [e.subs(known) for w in self.works.values() for e in (w.memory, w.moved, w.flops)]
-        function: Callable[[int, int], Sequence[float]] = sympy.lambdify(names, flat, "math")
+        flat = [
+            e.subs(self.symbols) for w in self.works.values() for e in (w.memory, w.moved, w.flops)
+        ]
+        function: Callable[[int, int], Sequence[float]] = sympy.lambdify(
+            (BATCH, SEQUENCE), flat, "math"
+        )
         return function
 
     def numbers(self, batch: int, sequence: int) -> dict[fx.Node, tuple[float, float, float]]:
@@ -90,21 +92,25 @@ class Block:
 
     def formula(self, choice: Choice) -> sympy.Expr:
         """Bytes that a choice saves, over ``batch`` and ``sequence``."""
-        names = sympy.Symbol("batch"), sympy.Symbol("sequence")
-        known = {s: n for s, n in zip(self.symbols, names, strict=True) if s is not None}
-        total = sum(self._memory(b) for b in self._bases(choice.cut.saved))
-        return sympy.expand(total.subs(known) if isinstance(total, sympy.Expr) else total)
-
-    def _memory(self, node: fx.Node) -> Any:
-        return work._storage(ir.value(node))
-
-    def _bases(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
-        return {base(n) for n in nodes if ir.is_tensor(n)} - self.joint.free
+        bases = {base(n) for n in choice.cut.saved if ir.is_tensor(n)} - self.joint.free
+        total = sum((self.works[b].memory for b in bases), sympy.Integer(0))
+        return sympy.expand(total.subs(self.symbols))
 
 
-def build(joint: Joint, symbols: tuple[Any, Any], device: Device, sizes: tuple[int, int]) -> Block:
-    """The block of a joint graph with its front at (batch, sequence) = ``sizes``."""
-    block = Block(joint, symbols)
+def symbols_of(joint: Joint, sizes: tuple[int, int]) -> dict[Any, Any]:
+    """What each symbol of a graph that was traced at (batch, sequence) = ``sizes`` stands for."""
+    known: dict[Any, Any] = {}
+    named = {sizes[1]: SEQUENCE, sizes[0]: BATCH}
+    for size in work.sizes(joint.graph):
+        for symbol in size.node.expr.free_symbols:
+            hint = ir.traced_symbol(size, symbol)
+            known[symbol] = named.get(hint, hint)
+    return known
+
+
+def build(joint: Joint, traced: tuple[int, int], device: Device, sizes: tuple[int, int]) -> Block:
+    """The block of a joint graph, traced at one (batch, sequence), with its front at another."""
+    block = Block(joint, symbols_of(joint, traced))
     numbers = block.numbers(*sizes)
 
     def seconds(node: fx.Node) -> float:
@@ -112,10 +118,7 @@ def build(joint: Joint, symbols: tuple[Any, Any], device: Device, sizes: tuple[i
         return block.works[node].seconds(device, moved, flops)
 
     def at(price: float) -> Choice:
-        def cost(node: fx.Node) -> float | None:
-            return price * seconds(node) if repeatable(node) else None
-
-        found = cuts.minimum(joint, cost)
+        found = cuts.minimum(joint, price_.cost(price, block.works.__getitem__, seconds))
         heavy = [n for n in found.recomputed if numbers[n][2] and n in joint.required]
         some = [n for n in found.recomputed if numbers[n][1] and n in joint.required]
         plural = "s" if len(heavy) > 1 else ""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 GIB = 2**30
 
 
@@ -64,3 +66,18 @@ def describe(name: str) -> Device:
             small = known == "a100" and "40gb" in wanted
             return DEVICES["a100-40gb" if small else known]
     raise UnknownDevice(f"device: unknown {name!r}; known are {', '.join(DEVICES)}")
+
+
+def at_hand() -> Device:
+    """The description of this machine's first GPU with its own memory; an H100's where there is none.
+
+    Raises:
+        UnknownDevice: the GPU is not among those that are described.
+    """
+    if not torch.cuda.is_available():
+        return describe("h100")
+    properties = torch.cuda.get_device_properties(0)
+    rates = {
+        k: v for k, v in vars(describe(properties.name)).items() if k not in ("name", "memory")
+    }
+    return Device(properties.name, int(properties.total_memory), **rates)

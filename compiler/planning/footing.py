@@ -87,11 +87,11 @@ def of(model: nn.Module, blocks: Iterable[str], head: Head, row: int, optimizer:
     return Footing(total, gradients, states, row, head)
 
 
-def head_of(gm: fx.GraphModule | None, trained: bool) -> Head:
-    """The costs of a head's rewritten graph; of nothing where there is none."""
+def head_of(gm: fx.GraphModule | None, trained: bool, sizes: tuple[int, int]) -> Head:
+    """The costs of a head's rewritten graph traced at ``sizes``; of nothing where there is none."""
     if gm is None:
         return Head(lambda b, s: 0.0, lambda b, s: 0.0, False)
-    evaluate = _Evaluator(gm)
+    evaluate = _Evaluator(gm, sizes)
     calls = [n for n in gm.graph.nodes if n.op == "call_function"]
     fused = next((n for n in calls if _name(n) in workspaces()), None)
     if fused is None:
@@ -128,20 +128,12 @@ def _name(node: fx.Node) -> str:
 class _Evaluator:
     """Numbers of a graph's symbolic sizes at another batch and sequence."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
-        sizes = [ir.value(n) for n in gm.graph.find_nodes(op="placeholder")]
-        tensors = [t for t in sizes if isinstance(t, torch.Tensor)]
+    def __init__(self, gm: fx.GraphModule, sizes: tuple[int, int]) -> None:
+        self.batch, self.sequence = sizes
         self.symbols: dict[Any, int] = {}  # symbol -> its hint
-        for size in (*sizes, *(d for t in tensors for d in t.shape)):
-            if isinstance(size, torch.SymInt):
-                for symbol in size.node.expr.free_symbols:
-                    self.symbols[symbol] = ir.traced_symbol(size, symbol)
-        hints = sorted(set(self.symbols.values()))
-        self.batch, self.sequence = (hints[0], hints[-1]) if len(hints) > 1 else (-1, hints[-1:])
-
-    def hints(self, batch: int, sequence: int) -> None:
-        """Say which sizes the graph was traced with."""
-        self.batch, self.sequence = batch, sequence
+        for size in work.sizes(gm.graph):
+            for symbol in size.node.expr.free_symbols:
+                self.symbols[symbol] = ir.traced_symbol(size, symbol)
 
     def __call__(self, expression: Any, batch: int, sequence: int) -> float:
         known = {

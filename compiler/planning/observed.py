@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from fusewright.compiler.records import GraphRecord
 from fusewright.runtime.op import register_all
 
 aten = torch.ops.aten
+log = logging.getLogger("fusewright")
 
 
 class NotPlannable(ValueError):
@@ -112,6 +114,7 @@ def observe(model: nn.Module, catalogue: Sequence[Pattern], inputs: Mapping[str,
         model(**inputs)
     except Exception as error:
         # Any failure of the user's own code; the blocks that were seen until then can be planned.
+        log.debug("the pass ended early", exc_info=True)
         failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     finally:
         capture.remove(model)

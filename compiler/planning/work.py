@@ -8,6 +8,7 @@ keeps alive, room behind its rows included.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,15 @@ class Work:
 def expression(size: Any) -> sympy.Expr:
     """A number or symbolic number as a sympy expression."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def sizes(graph: fx.Graph) -> Iterator[torch.SymInt]:
+    """The symbolic sizes of a graph's inputs."""
+    for node in graph.find_nodes(op="placeholder"):
+        value = ir.value(node)
+        for size in value.shape if isinstance(value, torch.Tensor) else (value,):
+            if isinstance(size, torch.SymInt):
+                yield size
 
 
 def of(node: fx.Node) -> Work:

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fusewright.compiler.explain import CoverageReport
+    from fusewright.compiler.planning.plan import MemoryPlan
 
     Model = TypeVar("Model", bound=nn.Module)
 
 __version__ = "0.1.0"
-__all__ = ["examine", "optimize", "report", "restore"]
+__all__ = ["examine", "optimize", "plan", "report", "restore"]
 
 
 def optimize(
@@ -43,7 +44,9 @@ def optimize(
     Args:
         model: any ``nn.Module`` with repeated layers; a Hugging Face model, with or without PEFT.
         patterns: names of the patterns to use; all by default.
-        memory_budget: reserved for the memory planner; only None is accepted now.
+        memory_budget: the most device memory that a step may take: "22GiB", bytes, a share ("90%", 0.9)
+            or "auto". At the first batch it is planned what each block saves and runs again (see
+            :func:`plan`); a step that cannot fit raises before it runs. None runs cheap calls again.
         lowering: "fx" (plain FX, starts in seconds), "inductor", or "auto" (Inductor on a GPU).
         verify: "first_step" holds each region against float64 at its first step; "off" does not.
         logits: "lazy" computes ``outputs.logits`` when they are read; "eager" always.
@@ -95,6 +98,42 @@ def examine(computation: Callable[..., Any], *inputs: Any) -> CoverageReport:
     return look(computation, inputs, DEFAULT)
 
 
+def plan(
+    model: nn.Module | str,
+    batch: int = 1,
+    sequence: int = 0,
+    budget: str | float = "auto",
+    *,
+    device: str = "",
+    optimizer: str = "adamw",
+    lora: int = 0,
+    dtype: str = "bfloat16",
+) -> MemoryPlan:
+    """The fastest training step of a language model that fits a memory budget, without running it.
+
+    Needs no GPU and no weights: the layers are captured and differentiated on the meta device, and what
+    they keep and run again is chosen from cost formulas.
+
+    Args:
+        model: a model, or what ``fusewright report`` takes: a model type, a config.json, a folder.
+        batch: rows.
+        sequence: tokens a row; 0 is what the config allows, at most 4096.
+        budget: "22GiB", bytes, a share of the device ("90%", 0.9), or "auto".
+        device: "h200", "h100", "a100", "a100-40gb"; "" is the device at hand, else "h100".
+        optimizer: "adamw", "adamw-8bit", "sgd" or "sgd-momentum".
+        lora: adapters of this rank on every linear of a model that is given by name.
+        dtype: of a model that is given by name.
+
+    Raises:
+        ValueError: the budget is no size, or too small: then it has the least budget as ``least``;
+            an unknown device or optimizer; or a model whose layers cannot be captured.
+    """
+    from fusewright import planned
+
+    options = {"device": device, "optimizer": optimizer, "lora": lora, "dtype": dtype}
+    return planned.plan(model, batch, sequence, budget, **options)
+
+
 def restore(model: Model) -> Model:
     """Undo :func:`optimize` completely; returns the same object.
 
@@ -112,4 +151,8 @@ def __getattr__(name: str) -> Any:
         from fusewright.compiler.explain import CoverageReport
 
         return CoverageReport
+    if name == "MemoryPlan":
+        from fusewright.compiler.planning.plan import MemoryPlan
+
+        return MemoryPlan
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

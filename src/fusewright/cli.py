@@ -78,6 +78,58 @@ def report(
 
 
 @app.command()
+def plan(
+    target: Annotated[
+        str, typer.Argument(help="a model type, a config.json, or a folder with one")
+    ],
+    batch: Annotated[int, typer.Option(min=1, help="rows of the batch")] = 1,
+    sequence: Annotated[
+        int, typer.Option(min=0, help="tokens a row; 0: as the config allows, at most 4096")
+    ] = 0,
+    budget: Annotated[str, typer.Option(help="22GiB, 90%, bytes, or auto")] = "auto",
+    device: Annotated[str, typer.Option(help="h200, h100, a100 or a100-40gb")] = "",
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, adamw-8bit, sgd or sgd-momentum")
+    ] = "adamw",
+    dtype: Annotated[str, typer.Option(help=", ".join(_DTYPES))] = "bfloat16",
+    lora: Annotated[int, typer.Option(min=0, help="adapters of this rank on every linear")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else")] = False,
+    png: Annotated[Path | None, typer.Option(help="write the timeline as a picture")] = None,
+) -> None:
+    """The fastest step under a memory budget: what is kept, what runs again, peak and time."""
+    from fusewright import planned
+
+    with _errors():
+        _question(batch, sequence, dtype, lora, False)
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                options = {"device": device, "optimizer": optimizer, "lora": lora, "dtype": dtype}
+                made = planned.plan(target, batch, sequence, _size(budget), **options)
+            except ValueError as error:
+                if str(error).startswith("FUSEWRIGHT_"):
+                    raise
+                _refuse(str(error))
+        if png is not None:
+            from fusewright.compiler.planning.chart import picture
+
+            try:
+                picture(made, png)
+            except ModuleNotFoundError:
+                _refuse("matplotlib is not installed: pip install 'fusewright[bench]'")
+            print(f"wrote {png}", file=sys.stderr)
+        print(made.to_json() if as_json else made)
+
+
+def _size(budget: str) -> str | float:
+    """A bare number up to 1 is a share of the device."""
+    with contextlib.suppress(ValueError):
+        share = float(budget)
+        return share if 0 < share <= 1 and "." in budget else budget
+    return budget
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else")] = False,
 ) -> None:

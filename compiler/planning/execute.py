@@ -1,0 +1,101 @@
+"""Carry out a memory plan: made when the first batch's size is known, asked for every block's cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
+
+from fusewright.compiler.partition import Asked
+from fusewright.compiler.planning.devices import Device
+from fusewright.compiler.planning.price import at_hints
+from fusewright.compiler.records import GraphRecord
+
+if TYPE_CHECKING:
+    from fusewright.compiler.planning.plan import MemoryPlan, Planner
+
+
+class Memory:
+    """The budget of one optimised model and the plan that keeps it.
+
+    Args:
+        budget: as the user wrote it.
+        device: what the step runs on.
+        planner: a planner for (batch, sequence); ValueError where the model cannot be planned.
+        note: keeps a line for the report.
+    """
+
+    def __init__(
+        self,
+        budget: str | float,
+        device: Device,
+        planner: Callable[[tuple[int, int]], Planner],
+        note: Callable[[str], None],
+    ) -> None:
+        self.budget, self.device, self.note = budget, device, note
+        self.plan: MemoryPlan | None = None
+        self._make = planner
+        self._planner: Planner | None = None
+        self._failed = False
+
+    def price(self, module: nn.Module, path: str, given: Any) -> float | None:
+        """The price of the block's cut, 0 for a checkpoint around it, None where nothing is planned.
+
+        Raises:
+            DoesNotFit: the step cannot be kept under the budget, said before it runs.
+        """
+        if getattr(module, "gradient_checkpointing", False):
+            self.note("memory_budget: gradient checkpointing is on, the blocks are not planned")
+            return None
+        sizes = _sizes(tree_leaves(given))
+        if sizes is not None and not self._failed:
+            self._plan_for(sizes)
+        return None if self.plan is None else self.plan.prices.get(path)
+
+    def _plan_for(self, sizes: tuple[int, int]) -> None:
+        """Plan once, and again when a larger batch comes."""
+        if self.plan is not None and math.prod(sizes) <= self.plan.batch * self.plan.sequence:
+            return
+        from fusewright.compiler.planning.observed import NotPlannable
+
+        try:
+            if self._planner is None:
+                with torch.random.fork_rng():  # dropout's masks must not depend on being planned
+                    self._planner = self._make(sizes)
+            self.plan = self._planner.plan(self.budget, sizes)
+        except NotPlannable as error:
+            self._failed = True
+            self.note(f"memory_budget: {error}; the blocks keep what they would without a budget")
+            return
+        made = ", ".join(f"{count} x {name}" for name, count in self.plan.counts.items())
+        self.note(
+            f"memory_budget: for {sizes[0]} x {sizes[1]} tokens: {made}; predicted peak "
+            f"{int(self.plan.peak)} of {self.plan.budget} bytes"
+        )
+
+    def asked(self, graph: fx.Graph, path: str, record: GraphRecord) -> Asked | None:
+        """How the block that runs at ``path`` is to be split; None where nothing is planned."""
+        price = None if self.plan is None else self.plan.prices.get(path)
+        if price is None or record.kind != "block" or not torch.is_grad_enabled():
+            return None
+
+        def tell(chosen: Any) -> None:
+            record.partitioned = chosen
+
+        if price == 0 or math.isinf(price):
+            return Asked.of(graph, "keep", tell)
+        level = f"a second is worth {price:.6g} bytes on {self.device.name}"
+        return dataclasses.replace(Asked.of(graph, level, tell), cut=at_hints(price, self.device))
+
+
+def _sizes(values: Iterable[Any]) -> tuple[int, int] | None:
+    """(batch, sequence) of the first tensor that looks like hidden states."""
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.dim() == 3 and value.is_floating_point():
+            return int(value.shape[0]), int(value.shape[1])
+    return None

@@ -1,0 +1,247 @@
+"""A memory plan: what every layer keeps and runs again, and what the step's peak and time come to."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fusewright.compiler import regions
+from fusewright.compiler.match import Pattern
+from fusewright.compiler.planning import block as blocks
+from fusewright.compiler.planning import budget as budgets
+from fusewright.compiler.planning import footing, liveness, observed, timeline
+from fusewright.compiler.planning.devices import GIB, Device
+from fusewright.compiler.planning.timeline import DoesNotFit, Event, Layer
+
+_SHARES = (1.0, 0.8, 0.6, 0.45, 0.3, 0.2, 0.1, 0.0)  # of the way from the least to the most memory
+_LONGEST = 2**24
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of budgets: bytes, predicted peak, seconds a step, seconds run again."""
+
+    budget: int
+    peak: float
+    seconds: float
+    again: float
+
+
+@dataclass
+class MemoryPlan:
+    """The fastest step that fits, as predicted.
+
+    Attributes:
+        device, batch, sequence: what it was made for.
+        budget: bytes it must stay under.
+        peak: bytes allocated at the worst moment.
+        seconds: of the step, kernels alone.
+        again: seconds of it that recompute what was not saved.
+        layers: path -> name of its choice.
+        prices: path -> the price that its cut was made with (bytes of memory a second is worth).
+        formulas: kind of choice -> bytes that a layer saves, over batch and sequence.
+        timeline: the step's moments.
+        table: budgets and what they give, from the most useful to the least that fits.
+        longest: tokens a row that would still fit the budget, at its smallest choices.
+        notes: what the figures do not hold.
+    """
+
+    device: str
+    batch: int
+    sequence: int
+    budget: int
+    peak: float
+    seconds: float
+    again: float
+    layers: dict[str, str]
+    prices: dict[str, float]
+    formulas: dict[str, str]
+    timeline: list[Event]
+    table: list[Row]
+    longest: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many layers make each choice."""
+        return dict(Counter(self.layers.values()))
+
+    def to_json(self) -> str:
+        """All of it; sizes in bytes, times in seconds."""
+        values = {k: v for k, v in vars(self).items() if k not in ("timeline", "table")}
+        values["prices"] = {k: (None if v == float("inf") else v) for k, v in self.prices.items()}
+        values["timeline"] = [vars(e) for e in self.timeline]
+        values["table"] = [vars(r) for r in self.table]
+        return json.dumps(values, indent=1)
+
+    def __str__(self) -> str:
+        from fusewright.compiler.planning.chart import text
+
+        return text(self)
+
+
+class Planner:
+    """A model's blocks, observed once, and the plans that follow from them.
+
+    Args:
+        model: on the meta device, in training mode.
+        inputs: (batch, sequence) -> the keyword arguments of its forward.
+        catalogue: the patterns.
+        device: what the step will run on.
+        sizes: (batch, sequence) of the step.
+        optimizer: a name of ``footing.OPTIMIZERS``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Callable[[int, int], Mapping[str, Any]],
+        catalogue: Sequence[Pattern],
+        device: Device,
+        sizes: tuple[int, int],
+        optimizer: str = "adamw",
+    ) -> None:
+        batch, sequence = sizes
+        # A size of one would be a constant, and equal ones the same symbol.
+        traced = (batch + (batch in (1, sequence)), sequence)
+        traced = (traced[0] + (traced[0] == sequence), sequence)
+        self.device, self.sizes = device, sizes
+        seen = observed.observe(model, catalogue, inputs(*traced))
+        built = [(blocks.build(j, traced, device, sizes), paths) for j, paths in seen.joints]
+        order = [path for path, _ in regions.find(model).blocks]
+        owner = {path: b for b, paths in built for path in paths}
+        self.blocks = [(path, owner[path]) for path in order if path in owner]
+        self.missed = seen.missed
+        weight = getattr(model, "get_output_embeddings", lambda: None)()
+        trained = weight is not None and any(p.requires_grad for p in weight.parameters())
+        head = footing.head_of(seen.head, trained, traced)
+        width = weight.in_features if isinstance(weight, nn.Linear) else 0
+        element = weight.weight.element_size() if isinstance(weight, nn.Linear) else 2
+        self.footing = footing.of(model, order, head, width * element, optimizer)
+
+    def layers(self, batch: int, sequence: int) -> list[Layer]:
+        """The layers with the costs of their choices at one size."""
+        found: dict[int, tuple[Any, ...]] = {}
+        for _, b in self.blocks:
+            if id(b) not in found:
+                front = tuple(
+                    liveness.measure(b, c, self.device, batch, sequence) for c in b.choices
+                )
+                spent = liveness.forward_seconds(b, self.device, batch, sequence)
+                spent += liveness.backward_seconds(b, self.device, batch, sequence)
+                found[id(b)] = front, spent
+        return [Layer(path, *found[id(b)]) for path, b in self.blocks]
+
+    def seconds(self, layers: Sequence[Layer], batch: int, sequence: int) -> float:
+        """Of a step that runs nothing again."""
+        head = self.footing.head.flops(batch, sequence) / self.device.products
+        step = footing.optimizer_seconds(self.footing, self.device)
+        return sum(layer.seconds for layer in layers) + head + step
+
+    def plan(self, budget: str | float, sizes: tuple[int, int] | None = None) -> MemoryPlan:
+        """The fastest step under a budget, of another (batch, sequence) if given.
+
+        Raises:
+            DoesNotFit: none does; its ``least`` is the smallest budget that works.
+            ValueError: the budget is no size.
+        """
+        size = budgets.parse(budget, self.device.memory)
+        self.sizes = batch, sequence = sizes or self.sizes
+        layers = self.layers(batch, sequence)
+        chosen = timeline.choose(layers, self.footing, batch, sequence, size)
+        moments = timeline.events(layers, chosen, self.footing, batch, sequence)
+        again = timeline.recompute(layers, chosen)
+        picked = [b.choices[c] for (_, b), c in zip(self.blocks, chosen, strict=True)]
+        named = {path: c.name for (path, _), c in zip(self.blocks, picked, strict=True)}
+        return MemoryPlan(
+            device=self.device.name,
+            batch=batch,
+            sequence=sequence,
+            budget=size,
+            peak=max(e.bytes for e in moments),
+            seconds=self.seconds(layers, batch, sequence) + again,
+            again=again,
+            layers=named,
+            prices={p: c.price for (p, _), c in zip(self.blocks, picked, strict=True)},
+            formulas={c.name: str(b.formula(c)) for _, b in self.blocks for c in b.choices},
+            timeline=moments,
+            table=self.table(layers),
+            longest=self.longest(size),
+            notes=self._notes(),
+        )
+
+    def table(self, layers: Sequence[Layer]) -> list[Row]:
+        """What budgets between the least and the most useful give."""
+        sizes = self.sizes
+        lean = timeline.smallest(layers, self.footing, *sizes)
+        least = timeline.needed(timeline.peak(layers, lean, self.footing, *sizes))
+        fast = [0] * len(layers)
+        most = timeline.needed(timeline.peak(layers, fast, self.footing, *sizes))
+        rows = []
+        plain = self.seconds(layers, *sizes)
+        for share in _SHARES:
+            size = int(least + share * max(most - least, 0)) + 1
+            chosen = timeline.choose(layers, self.footing, *sizes, size)
+            again = timeline.recompute(layers, chosen)
+            top = timeline.peak(layers, chosen, self.footing, *sizes)
+            rows.append(Row(size, top, plain + again, again))
+        return rows
+
+    def longest(self, budget: int) -> int:
+        """The most tokens a row, in steps of 1 %, that fit; 0 if none do."""
+        batch = self.sizes[0]
+
+        def fits(sequence: int) -> bool:
+            layers = self.layers(batch, sequence)
+            lean = timeline.smallest(layers, self.footing, batch, sequence)
+            top = timeline.peak(layers, lean, self.footing, batch, sequence)
+            return timeline.needed(top) <= budget
+
+        low, high = 0, 2
+        while high <= _LONGEST and fits(high):
+            low, high = high, 2 * high
+        while high - low > max(1, low // 100):
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self.missed:
+            some = ", ".join(self.missed[:3])
+            notes.append(f"{len(self.missed)} blocks were not captured and are not counted: {some}")
+        if self.footing.head.logits:
+            notes.append("the head was not rewritten: its logits are held whole")
+        return notes
+
+
+def without_weights(model: nn.Module) -> nn.Module:
+    """A copy of the model on the meta device; its weights are not copied on the way."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+    for b in model.buffers():
+        memo[id(b)] = b.detach().to("meta")
+    return copy.deepcopy(model, memo).train()
+
+
+def text_inputs(model: nn.Module) -> Callable[[int, int], dict[str, torch.Tensor]]:
+    """Token ids and labels for a language model."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    vocabulary = int(getattr(embedding, "num_embeddings", 0) or 2)
+
+    def inputs(batch: int, sequence: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(min(3, vocabulary - 1), vocabulary, (batch, sequence))
+        return {"input_ids": ids, "labels": ids.to("meta")}
+
+    return inputs
+
+
+__all__ = ["GIB", "DoesNotFit", "MemoryPlan", "Planner", "Row", "text_inputs", "without_weights"]
