@@ -1,6 +1,7 @@
 # make demo    train a small language model, eager and optimised side by side
 # make test    the whole CPU suite          (make test ARGS="-k parity")
 # make test-gpu  the tests that need a GPU, on a machine with one
+# make ecosystem   trainers, loggers and exporters, the slow cases too
 # make lint    ruff, mypy, import-linter
 # make bench   the parity table of docs/parity.md, and the training step on this CPU
 # make zoo     train every language model type of transformers, against eager: docs/zoo.md
@@ -34,6 +35,10 @@ test: $(VENV)/.dev
 
 test-gpu: $(VENV)/.dev
 	bash tests/gpu.sh $(ARGS)
+
+ecosystem: $(VENV)/.dev
+	SLOW=1 .ci/run tests/test_trainer.py tests/test_trl.py tests/test_loops.py tests/test_distributed.py \
+	  tests/test_integrations.py tests/test_multimodal.py tests/test_docs.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -27,7 +27,9 @@ assert "fusewright" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    "precision", [pytest.param("32-true", marks=pytest.mark.slow), "bf16-mixed"]
+)
 def test_fabric(precision: str) -> None:
     fabric_module = pytest.importorskip("lightning_fabric")
     curves = []
@@ -84,7 +86,13 @@ KINDS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize(
     ("kind", "when"),
-    [(kind, ("before", "after")[i % 2]) for i, kind in enumerate(KINDS)] + [("lora", "after")],
+    [("lora", "before"), ("rslora", "after")]
+    + [
+        pytest.param(kind, when, marks=pytest.mark.slow)
+        for kind in KINDS
+        for when in ("before", "after")
+        if (kind, when) not in (("lora", "before"), ("rslora", "after"))
+    ],
 )
 def test_adapters_of_a_kind(kind: str, when: str) -> None:
     ours, eager = real_text.model(), _adapted(real_text.model(), KINDS[kind]())

@@ -113,7 +113,7 @@ def test_bf16(tmp_path: Path) -> None:
     assert fusewright.report(ours.model).counts == wanted
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gradient_checkpointing_with_adapters(tmp_path: Path, reentrant: bool) -> None:
     ours, eager = _both(
         tmp_path,
@@ -126,7 +126,7 @@ def test_gradient_checkpointing_with_adapters(tmp_path: Path, reentrant: bool) -
     assert fusewright.report(ours.model).counts["lora"] == 7 * models.LAYERS
 
 
-@pytest.mark.parametrize("optimised_first", [True, False])
+@pytest.mark.parametrize("optimised_first", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_run_that_is_resumed(tmp_path: Path, optimised_first: bool) -> None:
     """Interrupted after half the steps and resumed in a new model, by the other kind of run too."""
     settings = {"optim": "adamw_torch", "learning_rate": 1e-3, "lr_scheduler_type": "cosine"}

@@ -134,7 +134,12 @@ SFT: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", SFT)
+_SLOW = ("dft", "padding_free")  # padding-free is what packing does, with more in a row
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] if c in _SLOW else []) for c in SFT]
+)
 def test_sft(tmp_path: Path, case: str) -> None:
     from trl import SFTConfig, SFTTrainer
 
