@@ -10,7 +10,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from fusewright.compiler.partition import Asked, digest, partition
 
 
-class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
+class Partitioner(CustomPartitionerFn):
     """Splits as ``asked``. In the keys of torch's caches it counts by what it decides."""
 
     def __init__(self, asked: Asked) -> None:

@@ -129,7 +129,9 @@ def partition(
     given["num_fwd_outputs"] = num_fwd_outputs
     if static_lifetime_input_indices is not None:
         given["static_lifetime_input_indices"] = static_lifetime_input_indices
-    return min_cut_rematerialization_partition(joint, inputs, **given)
+    halves: tuple[fx.GraphModule, fx.GraphModule]
+    halves = min_cut_rematerialization_partition(joint, inputs, **given)
+    return halves
 
 
 @functools.cache

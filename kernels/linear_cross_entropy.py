@@ -359,7 +359,8 @@ def _workspace(args: Sequence[Any], trained: frozenset[str]) -> int:
     step = chunk_rows(x.shape[0], weight.shape[0], x.element_size(), summed)
     wide = compute_dtype(x).itemsize
     scratch = min(step, x.shape[0]) * weight.shape[0] * x.element_size()
-    return scratch + x.numel() * wide + summed * weight.numel() * (wide + weight.element_size())
+    whole = x.numel() * wide + summed * weight.numel() * (wide + weight.element_size())
+    return int(scratch + whole)
 
 
 OPS = (

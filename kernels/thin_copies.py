@@ -83,7 +83,7 @@ def _layout(copy: Copy, before: int, first: torch.Tensor) -> tuple[int, ...]:
     The inner dimension is the one along which the target is dense.
     """
     source, target, step = copy
-    apart = target.storage_offset() - first.storage_offset()
+    apart = int(target.storage_offset()) - int(first.storage_offset())
     outer, inner = (0, 1) if target.stride(1) <= target.stride(0) else (1, 0)
     return (
         before, apart, target.numel(), target.shape[inner], source.stride(outer),

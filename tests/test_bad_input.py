@@ -63,7 +63,7 @@ def test_no_repeated_blocks(model: nn.Module) -> None:
         ("lowering", "fast", "lowering.*fx.*inductor"),
         ("verify", "always", "verify.*first_step"),
         ("logits", "maybe", "logits.*lazy.*eager"),
-        ("memory_budget", "22GiB", "memory_budget"),
+        ("memory_budget", "22 GiBs", "memory_budget.*not a size"),
     ],
 )
 def test_unknown_option(eager: Any, option: str, value: Any, message: str) -> None:

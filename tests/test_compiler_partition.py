@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 import training
+from saved import saved_bytes
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -41,48 +42,6 @@ def partitioned(model: nn.Module) -> dict[str, Any]:
     return {p: r.partitioned for r in session.records if r.kind == "block" for p in r.modules}
 
 
-def saved_bytes(model: nn.Module) -> dict[str, int]:
-    """Per block's path, bytes of the storages that its forward alone keeps alive for a backward."""
-    batch, found, counted = (
-        models.batch(),
-        {},
-        {p.untyped_storage()._cdata for p in model.parameters()},
-    )
-    alive = []
-
-    def around(path: str, module: nn.Module) -> None:
-        shared: set[int] = set()
-
-        def pack(t: torch.Tensor) -> torch.Tensor:
-            storage = t.untyped_storage()
-            if storage._cdata not in counted | shared:
-                counted.add(storage._cdata)
-                alive.append(t)
-                found[path] = found.get(path, 0) + storage.nbytes()
-            return t
-
-        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
-
-        def enter(module: Any, args: Any, kwargs: Any) -> None:
-            tables = [t for v in kwargs.values() for t in (v if isinstance(v, tuple) else (v,))]
-            # Tables and masks are everybody's; so is an input that wants no gradient.
-            for t in (*args, *tables):
-                if isinstance(t, torch.Tensor) and not t.requires_grad:
-                    shared.add(t.untyped_storage()._cdata)
-            hooks.__enter__()
-
-        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(lambda *_: hooks.__exit__(None, None, None)))
-
-    handles: list[Any] = []
-    for path in partitioned(model):
-        around(path, model.get_submodule(path))
-    model(**batch)
-    for handle in handles:
-        handle.remove()
-    return found
-
-
 @pytest.mark.parametrize("name", BUILDS)
 def test_fewer_bytes_as_predicted_and_the_same_bits(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -95,7 +54,8 @@ def test_fewer_bytes_as_predicted_and_the_same_bits(
         assert torch.equal(step.loss, wanted.loss)
         for key, grad in wanted.grads.items():
             assert torch.equal(step.grads[key], grad), key
-        chosen, measured = partitioned(ours), saved_bytes(ours)
+        chosen = partitioned(ours)
+        measured = saved_bytes(ours, chosen, models.batch())
         assert len(chosen) == models.LAYERS
         for path, told in chosen.items():
             assert measured[path] == told.saved, path
@@ -122,7 +82,9 @@ def test_inductor_takes_the_same_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         steps = {k: training.train_step(m, models.batch()) for k, m in models_.items()}
     training.assert_same_step(steps["inductor"], steps["fx"])
     assert partitioned(models_["inductor"]) == partitioned(models_["fx"])
-    assert saved_bytes(models_["inductor"]) == saved_bytes(models_["fx"])
+    batch, paths = models.batch(), list(partitioned(models_["fx"]))
+    sizes = [saved_bytes(m, paths, batch) for m in models_.values()]
+    assert sizes[0] == sizes[1]
 
 
 def test_room_behind_rows_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:

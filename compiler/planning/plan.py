@@ -181,9 +181,9 @@ class Planner:
         """What budgets between the least and the most useful give."""
         sizes = self.sizes
         lean = timeline.smallest(layers, self.footing, *sizes)
-        least = timeline.needed(timeline.peak(layers, lean, self.footing, *sizes))
+        least = timeline.needed(timeline.peak(layers, lean, self.footing, *sizes), self.footing)
         fast = [0] * len(layers)
-        most = timeline.needed(timeline.peak(layers, fast, self.footing, *sizes))
+        most = timeline.needed(timeline.peak(layers, fast, self.footing, *sizes), self.footing)
         rows = []
         plain = self.seconds(layers, *sizes)
         for share in _SHARES:
@@ -202,7 +202,7 @@ class Planner:
             layers = self.layers(batch, sequence)
             lean = timeline.smallest(layers, self.footing, batch, sequence)
             top = timeline.peak(layers, lean, self.footing, batch, sequence)
-            return timeline.needed(top) <= budget
+            return timeline.needed(top, self.footing) <= budget
 
         low, high = 0, 2
         while high <= _LONGEST and fits(high):

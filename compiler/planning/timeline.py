@@ -11,7 +11,7 @@ from fusewright.compiler.planning.block import Measure
 from fusewright.compiler.planning.budget import shown
 from fusewright.compiler.planning.footing import Footing
 
-FRAGMENTATION = 0.03  # of a step's peak, lost between blocks of the allocator
+FRAGMENTATION = 0.03  # of what comes and goes in a step, lost between blocks of the allocator
 _BUCKETS = 4096
 
 
@@ -75,9 +75,10 @@ def peak(
     return max(e.bytes for e in events(layers, chosen, footing, batch, sequence))
 
 
-def needed(peak_bytes: float) -> int:
+def needed(peak_bytes: float, footing: Footing) -> int:
     """The budget that a peak needs, the allocator's losses included."""
-    return int(peak_bytes * (1 + FRAGMENTATION))
+    stays = footing.parameters + footing.optimizer
+    return int(peak_bytes + FRAGMENTATION * max(peak_bytes - stays, 0.0))
 
 
 def smallest(layers: Sequence[Layer], footing: Footing, batch: int, sequence: int) -> list[int]:
@@ -106,10 +107,10 @@ def choose(
         DoesNotFit: no choice does.
     """
     fast = [0] * len(layers)
-    if needed(peak(layers, fast, footing, batch, sequence)) <= budget:
+    if needed(peak(layers, fast, footing, batch, sequence), footing) <= budget:
         return fast
     lean = smallest(layers, footing, batch, sequence)
-    least = needed(peak(layers, lean, footing, batch, sequence))
+    least = needed(peak(layers, lean, footing, batch, sequence), footing)
     if least > budget:
         raise DoesNotFit(budget, least)
     low = sum(layer.front[c].saved for layer, c in zip(layers, lean, strict=True))
@@ -119,7 +120,7 @@ def choose(
         room = (low + high) / 2
         chosen = _knapsack(layers, room)
         fits = chosen is not None and (
-            needed(peak(layers, chosen, footing, batch, sequence)) <= budget
+            needed(peak(layers, chosen, footing, batch, sequence), footing) <= budget
         )
         if fits and chosen is not None:
             low = room
@@ -138,7 +139,7 @@ def recompute(layers: Sequence[Layer], chosen: Sequence[int]) -> float:
 def _knapsack(layers: Sequence[Layer], room: float) -> list[int] | None:
     """The least recompute whose saved bytes come to at most ``room``; sizes are rounded up."""
     unit = max(room / _BUCKETS, 1.0)
-    size = _BUCKETS + 1
+    size = int(room // unit) + 1
     best = np.full(size, np.inf)
     best[0] = 0.0
     picks = []

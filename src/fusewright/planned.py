@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from fusewright.compiler.planning.budget import parse
 from fusewright.compiler.planning.devices import at_hand, describe
 from fusewright.compiler.planning.plan import (
     MemoryPlan,
@@ -25,6 +26,7 @@ def plan(model: Any, batch: int, sequence: int, budget: str | float, **options: 
     if not isinstance(model, (nn.Module, str)):
         raise TypeError(f"plan needs an nn.Module or a name, got {type(model).__name__}")
     device = describe(options["device"]) if options["device"] else at_hand()
+    parse(budget, device.memory)  # nonsense is refused before anything is built
     if isinstance(model, str):
         bare, length = _named(model, batch, sequence, options)
     else:

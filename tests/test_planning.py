@@ -1,0 +1,182 @@
+"""Memory plans: predicted bytes against measured ones, the same bits, budgets, and what cannot fit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+import training
+from saved import saved_bytes
+from typer.testing import CliRunner
+
+import fusewright
+from fusewright import cli
+from fusewright.compiler import driver
+from fusewright.compiler.planning import budget, timeline
+from fusewright.compiler.planning.block import Measure
+from fusewright.compiler.planning.devices import DEVICES, UnknownDevice, describe
+from fusewright.compiler.planning.footing import Footing, Head
+from fusewright.compiler.planning.plan import Planner, text_inputs, without_weights
+from fusewright.compiler.planning.timeline import DoesNotFit, Layer
+from fusewright.patterns import DEFAULT
+
+ROWS, LENGTH = 4, 64
+
+
+def adapted() -> Any:
+    torch.manual_seed(0)
+    return models.with_lora(models.build("llama"), dropout=0.2).train()
+
+
+@pytest.fixture(scope="module")
+def planner() -> Planner:
+    bare = without_weights(adapted())
+    return Planner(bare, text_inputs(bare), DEFAULT, DEVICES["h200"], (ROWS, LENGTH))
+
+
+@pytest.fixture(scope="module")
+def plan(planner: Planner) -> Any:
+    return planner.plan("auto")
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted"),
+    [
+        ("16GiB", 16 * 2**30),
+        (" 1.5 gb", 1_500_000_000),
+        ("90%", 90),
+        (0.5, 50),
+        (1.0, 100),
+        (12345, 12345),
+        (2e9, 2_000_000_000),
+        ("auto", 95),
+    ],
+)
+def test_a_budget_is_read(written: Any, wanted: int) -> None:
+    assert budget.parse(written, 100) == wanted
+
+
+@pytest.mark.parametrize("written", ["16 GiBs", "", "-1GiB", "120%", 0, -3, float("nan"), "0"])
+def test_nonsense_is_no_budget(written: Any) -> None:
+    with pytest.raises(ValueError, match="memory_budget"):
+        budget.parse(written, 100)
+
+
+def test_what_is_no_size_at_all() -> None:
+    with pytest.raises(TypeError, match="memory_budget"):
+        budget.parse(True, 100)
+
+
+def test_devices_by_their_long_names() -> None:
+    assert describe("NVIDIA H200") is DEVICES["h200"]
+    assert describe("NVIDIA A100-SXM4-40GB") is DEVICES["a100-40gb"]
+    assert describe("NVIDIA A100 80GB PCIe") is DEVICES["a100"]
+    with pytest.raises(UnknownDevice, match=r"b9000.*h200"):
+        describe("b9000")
+
+
+def test_time_falls_as_the_budget_grows(plan: Any) -> None:
+    assert len(plan.table) > 4
+    for more, less in itertools.pairwise(plan.table):
+        assert more.budget > less.budget and more.seconds <= less.seconds
+        assert less.peak <= more.peak <= more.budget
+    assert plan.table[0].again == 0 and plan.table[-1].again > 0
+    assert set(plan.layers.values()) == {"keep"} and plan.peak <= plan.budget
+    assert plan.peak == max(e.bytes for e in plan.timeline)
+    assert json.loads(plan.to_json())["timeline"][-1]["name"] == "optimizer step"
+    assert "optimizer step" in str(plan)
+
+
+@pytest.mark.parametrize("at", [3, -1])
+def test_a_budget_is_kept_and_the_bits_are_the_same(plan: Any, at: int) -> None:
+    """What the blocks keep is what was predicted, whatever is run again for it."""
+    batch = models.batch(rows=ROWS, length=LENGTH)
+    plain = training.train_step(fusewright.optimize(adapted(), lowering="fx"), batch)
+    size = plan.table[at].budget
+    ours = fusewright.optimize(adapted(), lowering="fx", memory_budget=size, strict=True)
+    step = training.train_step(ours, batch)
+    assert torch.equal(step.loss, plain.loss)
+    for name, grad in plain.grads.items():
+        assert torch.equal(step.grads[name], grad), name
+    memory = driver._required(ours).memory
+    assert memory is not None and memory.plan is not None and memory.plan.peak <= size
+    layers = memory._planner.layers(ROWS, LENGTH)
+    whole = all(price == 0 for price in memory.plan.prices.values())
+    assert whole == (at == -1)
+    if not whole:  # a checkpoint's own hooks hide what it keeps
+        fronts = {layer.path: layer.front for layer in layers}
+        blocks = dict(memory._planner.blocks)
+        measured = saved_bytes(ours, fronts, batch)
+        for path, name in memory.plan.layers.items():
+            place = [c.price for c in blocks[path].choices].index(memory.plan.prices[path])
+            assert blocks[path].choices[place].name == name
+            # Attention's two numbers of random state are not made on the CPU, masks are.
+            assert abs(measured[path] - fronts[path][place].saved) <= 64
+
+
+def test_a_step_that_cannot_fit_is_refused_before_it_runs(planner: Planner) -> None:
+    ours = fusewright.optimize(adapted(), lowering="fx", memory_budget=1000)
+    with pytest.raises(DoesNotFit, match="the least that does is") as refused:
+        ours(**models.batch(rows=ROWS, length=LENGTH))
+    least = refused.value.least
+    with pytest.raises(DoesNotFit):
+        planner.plan(least - 1)
+    made = planner.plan(least)
+    assert timeline.needed(made.peak, planner.footing) <= least
+    assert made.longest >= LENGTH and set(made.layers.values()) != {"keep"}
+    assert planner.plan(least, (ROWS, made.longest)).peak <= least
+    with pytest.raises(DoesNotFit):
+        planner.plan(least, (ROWS, made.longest + made.longest // 10 + 2))
+    planner.sizes = ROWS, LENGTH
+
+
+def _layers(count: int, seed: int) -> list[Layer]:
+    generator = torch.Generator().manual_seed(seed)
+    layers = []
+    for i in range(count):
+        saved = sorted(torch.randint(10, 1000, (4,), generator=generator).tolist(), reverse=True)
+        again = sorted(torch.rand(4, generator=generator).tolist())
+        front = tuple(Measure(s, 0, 0, t) for s, t in zip(saved, again, strict=True))
+        layers.append(Layer(f"layers.{i}", front, 1.0))
+    return layers
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_choice_of_layers_is_the_best_there_is(seed: int) -> None:
+    layers = _layers(5, seed)
+    nothing = Head(lambda b, s: 0.0, lambda b, s: 0.0, False)
+    footing = Footing(parameters=50, gradients={}, optimizer=0, row=0, head=nothing)
+    ways = list(itertools.product(range(4), repeat=5))
+    least = timeline.needed(timeline.peak(layers, [3] * 5, footing, 1, 1), footing)
+    most = timeline.needed(timeline.peak(layers, [0] * 5, footing, 1, 1), footing)
+    for share in (0.1, 0.35, 0.6, 0.9):
+        size = int(least + share * (most - least)) + 5
+        fitting = [
+            w
+            for w in ways
+            if timeline.needed(timeline.peak(layers, w, footing, 1, 1), footing) <= size
+        ]
+        best = min(timeline.recompute(layers, w) for w in fitting)
+        chosen = timeline.choose(layers, footing, 1, 1, size)
+        assert timeline.needed(timeline.peak(layers, chosen, footing, 1, 1), footing) <= size
+        assert timeline.recompute(layers, chosen) <= best + 1e-9
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    config = models.build("llama").config
+    (tmp_path / "config.json").write_text(config.to_json_string())
+    question = ["plan", str(tmp_path), "--batch", "4", "--sequence", "64", "--lora", "4"]
+    question += ["--device", "h200", "--dtype", "float32"]
+    picture = tmp_path / "plan.png"
+    told = CliRunner().invoke(cli.app, [*question, "--json", "--png", str(picture)])
+    assert told.exit_code == 0, told.output
+    answer = json.loads(told.stdout)
+    assert answer["device"] == "h200" and len(answer["layers"]) == models.LAYERS
+    assert picture.stat().st_size > 10_000
+    nonsense = CliRunner().invoke(cli.app, [*question, "--budget", "much"])
+    assert nonsense.exit_code == 2 and "not a size" in nonsense.stderr
