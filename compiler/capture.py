@@ -67,19 +67,37 @@ def remove(model: nn.Module) -> None:
 
 
 def _own_code(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function on a code object of its own: Dynamo caches and limits by code object."""
+    """The same function on a code object of its own: Dynamo caches and limits by code object.
+
+    Where it is a decorator's, so is what it decorates: with a graph break inside, that becomes a
+    frame of its own, whose limit every other model of the class would share.
+    """
     if not isinstance(forward, types.FunctionType):
         return forward
+    inner = getattr(forward, "__wrapped__", None)
+    own = _own_code(inner) if inner is not None else None
     twin = types.FunctionType(
         forward.__code__.replace(),
         forward.__globals__,
         forward.__name__,
         forward.__defaults__,
-        forward.__closure__,
+        tuple(
+            types.CellType(own) if own is not None and _holds(cell, inner) else cell
+            for cell in forward.__closure__ or ()
+        ),
     )
     twin.__kwdefaults__ = forward.__kwdefaults__
     twin.__dict__.update(forward.__dict__)
+    if own is not None:
+        twin.__dict__["__wrapped__"] = own
     return twin
+
+
+def _holds(cell: types.CellType, content: object) -> bool:
+    try:
+        return cell.cell_contents is content
+    except ValueError:  # an empty one
+        return False
 
 
 def compiled_forward(forward: Callable[..., Any], backend: Backend) -> Callable[..., Any]:

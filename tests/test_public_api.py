@@ -20,6 +20,7 @@ import training
 from torch import nn
 
 import fusewright
+from fusewright.compiler import capture
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -185,6 +186,20 @@ def test_twelve_identical_layers_share_one_graph() -> None:
         )
         assert graphs() <= 1 + (step == 2)
     assert fusewright.report(ours).counts == models.expected_counts("llama", 12)
+
+
+def test_no_code_is_shared_with_other_compilations(eager: Any) -> None:
+    """Dynamo's limits are per code object: of a decorated forward each layer must be a model's own."""
+    original = type(eager).forward
+    own, depth = capture._own_code(original), 0
+    assert own.__closure__ is not None
+    while hasattr(original, "__wrapped__"):
+        assert own.__code__ is not original.__code__
+        held = [cell.cell_contents for cell in own.__closure__ or ()]
+        assert own.__wrapped__ in held and original.__wrapped__ not in held
+        original, own, depth = original.__wrapped__, own.__wrapped__, depth + 1
+    assert depth >= 1 and own.__code__ is not original.__code__
+    assert own.__code__ == original.__code__
 
 
 @pytest.mark.slow
