@@ -8,10 +8,10 @@ checkpoint encloses the installed forward.
 
 from __future__ import annotations
 
-import copy
 import copyreg
 import functools
 import inspect
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -60,6 +60,23 @@ def _told_as(forward: Callable[..., Any], original: Callable[..., Any]) -> None:
     forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
 
 
+class _Class:
+    """A class that is pickled as the original one and deep-copied as the installed one.
+
+    A ``__deepcopy__`` on the installed class would do for the second, but wrappers that look up what
+    they lack in what they wrap, as adapters' do, would take it for their own and be copied as the inside.
+    """
+
+    def __init__(self, original: type, made: type) -> None:
+        self.original, self.made = original, made
+
+    def __reduce__(self) -> Any:
+        return typing.cast, (None, self.original)  # returns it, and needs no package of ours
+
+    def __deepcopy__(self, memo: Any) -> type:
+        return self.made
+
+
 def subclass(cls: type[nn.Module], forward: Callable[..., Any], owner: object) -> type[nn.Module]:
     """A subclass of ``cls`` whose forward is ``forward`` and that belongs to ``owner``."""
     _told_as(forward, cls.forward)
@@ -67,19 +84,7 @@ def subclass(cls: type[nn.Module], forward: Callable[..., Any], owner: object) -
     def reduce(self: nn.Module, protocol: Any) -> Any:
         # Protocol 2's form checks that the object has the class it names; this older one does not.
         state = super(made, self).__reduce_ex__(protocol)[2]
-        return copyreg._reconstructor, (cls, object, None), state  # type: ignore[attr-defined]
-
-    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        inherited = getattr(super(made, self), "__deepcopy__", None)
-        if inherited is not None:
-            twin = inherited(memo)
-        else:
-            twin = cls.__new__(cls)
-            memo[id(self)] = twin
-            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        twin.__class__ = made
-        copied: nn.Module = twin
-        return copied
+        return copyreg._reconstructor, (_Class(cls, made), object, None), state  # type: ignore[attr-defined]
 
     made: type[nn.Module] = type(
         cls.__name__,
@@ -90,7 +95,6 @@ def subclass(cls: type[nn.Module], forward: Callable[..., Any], owner: object) -
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,
             "__reduce_ex__": reduce,
-            "__deepcopy__": deepcopy,
             _MARK: owner,
         },
     )

@@ -155,6 +155,16 @@ def test_a_new_dtype_moves_the_weights_again() -> None:
     assert all(p.dtype is torch.bfloat16 for p in moved(ours))
 
 
+def test_a_deep_copy_is_of_the_whole_model() -> None:
+    """The outer wrapper, which hands on what it lacks to the model inside, optimised as before."""
+    ours = fusewright.optimize(adapted(), lowering="fx")
+    twin = copy.deepcopy(ours)
+    assert type(twin) is PeftModel
+    a, b = (training.train_step(m, models.batch()) for m in (ours, twin))
+    assert torch.equal(a.loss, b.loss) and a.grads.keys() == b.grads.keys()
+    assert fusewright.report(twin).counts == fusewright.report(ours).counts
+
+
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda m: pickled(m)], ids=["deepcopy", "pickle"])
 def test_a_copy_has_weights_of_its_own(twin: Callable[[Any], Any]) -> None:
     ours = trained()
