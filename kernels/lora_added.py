@@ -73,7 +73,7 @@ def fwd(base: torch.Tensor, x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, 
     thin = products.right(group, rows, plan(group), None, False, ())
     lows = thin.split([a.shape[0] for a in group.down], 1)
     pairs = [products.paired(s, b, rows.dtype) for s, b in zip(lows, group.up, strict=True)]
-    y = torch.addmm(base.reshape(-1, base.shape[-1]), *products.joined(pairs))
+    y = products.with_products(base.reshape(-1, base.shape[-1]), pairs, plan(group).split)
     return y.view(base.shape), thin
 
 

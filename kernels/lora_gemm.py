@@ -64,11 +64,15 @@ def _added(group: Group, rows: torch.Tensor, thin: torch.Tensor, height: int) ->
         else:  # cuBLAS adds a bias before it rounds, but not into rows of another stride
             piece.copy_(torch.addmm(b, rows, w.t()))
     lows = thin.split([b.shape[1] for b in group.up], 1) if group.up else ()
+    split = plan(group).split
     for j, piece in enumerate(pieces):
         of = [i for i, layer in enumerate(group.member) if layer == j]
         if of:
             pairs = [products.paired(lows[i], group.up[i], rows.dtype) for i in of]
-            piece.addmm_(*products.joined(pairs))
+            if split:
+                piece.copy_(products.with_products(piece, pairs, split))
+            else:
+                piece.addmm_(*products.joined(pairs))
     return y
 
 

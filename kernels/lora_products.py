@@ -43,6 +43,24 @@ def joined(
     return torch.cat([p[0] for p in pairs], 1), torch.cat([p[1] for p in pairs], 0)
 
 
+def with_products(
+    base: torch.Tensor, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], split: bool
+) -> torch.Tensor:
+    """base + the sum of the pairs' products, rounded once to the dtype of ``base``.
+
+    With factors that are ``split`` the sum is kept in float32 until then: the library may add shares
+    of a 16-bit product in 16 bits, and eager's float32 adapters know nothing of that.
+    """
+    left, right = joined(pairs)
+    if not split:
+        return torch.addmm(base, left, right)
+    if left.is_cuda:
+        wide: torch.Tensor = torch.ops.aten.mm.dtype(left, right, torch.float32)
+    else:
+        wide = torch.mm(left.float(), right.float())
+    return wide.add_(base).to(base.dtype)
+
+
 def _halves(t: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     high = t.to(dtype)
     return high, (t - high.to(t.dtype)).to(dtype)

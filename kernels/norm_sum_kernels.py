@@ -51,20 +51,26 @@ def weight_gradients(
 
 
 @triton.jit
-def column_sums(
-    partial_ptr, first_ptr, second_ptr, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Sum the ``rows`` partial rows of one gradient, or of two that lie one behind the other."""
-    which = tl.program_id(1)
+def sum_columns(partial_ptr, sum_ptr, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum the ``rows`` partial rows of one gradient, for the program's columns."""
     columns = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     inside = columns < width
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(0, rows, ROWS):
         row = (first + tl.arange(0, ROWS))[:, None]
-        at = (which * rows + row).to(tl.int64) * width + columns
+        at = row.to(tl.int64) * width + columns
         total += tl.load(partial_ptr + at, mask=(row < rows) & inside, other=0.0)
     result = tl.sum(total, 0)[None, :]
-    if which == 0:
-        tl.store(first_ptr + columns, result.to(first_ptr.dtype.element_ty), mask=inside)
+    tl.store(sum_ptr + columns, result.to(sum_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def column_sums(
+    partial_ptr, first_ptr, second_ptr, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Sum the ``rows`` partial rows of one gradient, or of two that lie one behind the other."""
+    if tl.program_id(1) == 0:
+        sum_columns(partial_ptr, first_ptr, rows, width, ROWS, BLOCK)
     elif second_ptr is not None:
-        tl.store(second_ptr + columns, result.to(second_ptr.dtype.element_ty), mask=inside)
+        behind = partial_ptr + tl.cast(rows, tl.int64) * width
+        sum_columns(behind, second_ptr, rows, width, ROWS, BLOCK)

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusewright.kernels import qk_norm_rope_kernels, rms_norm, rope
+from fusewright.kernels import qk_norm_rope_launch, rms_norm, rope
 from fusewright.kernels.launch import launchable
 from fusewright.kernels.reduce import absent, compute_dtype
 from fusewright.kernels.rows import check_cast, check_vector, empty_ordered, leading_order
@@ -153,7 +153,7 @@ def triton_fwd(
     if not _takes(q, k, cos, sin, q_weight, k_weight, out_dtype):
         return reference_fwd(*given)
     made = _fake_fwd(*given)
-    qk_norm_rope_kernels.forward((q, k), (q_weight, k_weight), made, eps, Norm(*norm), Turn(*turn))
+    qk_norm_rope_launch.forward((q, k), (q_weight, k_weight), made, eps, Norm(*norm), Turn(*turn))
     return made
 
 
@@ -172,7 +172,7 @@ def triton_bwd(
         )  # fmt: skip
     grads = _gradients(q, k, q_weight, k_weight, *needs)
     if any(g.numel() for g in grads):
-        qk_norm_rope_kernels.backward(
+        qk_norm_rope_launch.backward(
             (dq_out, dk_out), (q, k), (q_weight, k_weight), (q_rstd, k_rstd), grads,
             Norm(offset, cast, norm_dtype), Turn(cos, sin, layout, rotary_dim),
         )  # fmt: skip

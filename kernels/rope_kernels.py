@@ -38,19 +38,28 @@ def _angles(ptr, pairs, there, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAV
 
 
 @triton.jit
-def _load_pairs(
+def _stored_pairs(
     ptr, pairs, there, HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr
 ):
-    """The first and the second features of every pair of some heads."""
+    """The first and the second features of every pair of some heads, as they are stored."""
     if INTERLEAVED:
         both = tl.arange(0, 2 * BLOCK)[None, :]
-        x = tl.load(ptr + both, mask=there & (both < 2 * HALF), other=0.0).to(tl.float32)
+        x = tl.load(ptr + both, mask=there & (both < 2 * HALF), other=0.0)
         first, second = tl.split(tl.reshape(x, (x.shape[0], BLOCK, 2)))
     else:
         mask = there & (pairs < HALF)[None, :]
-        first = tl.load(ptr + pairs[None, :], mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(ptr + HALF + pairs[None, :], mask=mask, other=0.0).to(tl.float32)
+        first = tl.load(ptr + pairs[None, :], mask=mask, other=0.0)
+        second = tl.load(ptr + HALF + pairs[None, :], mask=mask, other=0.0)
     return first, second
+
+
+@triton.jit
+def _load_pairs(
+    ptr, pairs, there, HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr
+):
+    """The first and the second features of every pair of some heads, in float32."""
+    first, second = _stored_pairs(ptr, pairs, there, HALF, BLOCK, INTERLEAVED)
+    return first.to(tl.float32), second.to(tl.float32)
 
 
 @triton.jit

@@ -54,21 +54,21 @@ def _thin(at, apart, mask, MODE: tl.constexpr):
 @triton.jit
 def _product(m, high, low, total, MODE: tl.constexpr):
     """total + m (high + low), accumulated in float32; ``low`` is a pair."""
+    # One way out: not every version of Triton leaves out what stands behind a return.
     if MODE == 2:
         # Triton makes total + dot(...) one chain of the whole sum, unless the dot is said to
         # accumulate in its own way; float32's products ignore what is said.
-        return total + tl.dot(
-            m.to(tl.float32), high, input_precision="ieee", max_num_imprecise_acc=1
-        )
-    if WIDEN:
-        m, high = m.to(tl.float32), high.to(tl.float32)
-    if MODE == 1:
-        middle, lowest = low
-        if WIDEN:
-            middle, lowest = middle.to(tl.float32), lowest.to(tl.float32)
-        total += tl.dot(m, high, tl.dot(m, middle, tl.dot(m, lowest)))
+        total += tl.dot(m.to(tl.float32), high, input_precision="ieee", max_num_imprecise_acc=1)
     else:
-        total = tl.dot(m, high, total)
+        if WIDEN:
+            m, high = m.to(tl.float32), high.to(tl.float32)
+        if MODE == 1:
+            middle, lowest = low
+            if WIDEN:
+                middle, lowest = middle.to(tl.float32), lowest.to(tl.float32)
+            total += tl.dot(m, high, tl.dot(m, middle, tl.dot(m, lowest)))
+        else:
+            total = tl.dot(m, high, total)
     return total
 
 

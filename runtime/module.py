@@ -97,6 +97,25 @@ def subclass(cls: type[nn.Module], forward: Callable[..., Any], owner: object) -
     return made
 
 
+def own_checkpoint(made: type[nn.Module], around: Callable[..., Any]) -> None:
+    """Have ``around(module, theirs, run, *args)`` called where the class would checkpoint its forward.
+
+    ``theirs`` is the checkpointing function that was given to the instance. It stays the instance's
+    own attribute: the class only answers for it.
+    """
+    name = "_gradient_checkpointing_func"
+
+    def get(self: nn.Module) -> Any:
+        if name not in self.__dict__:
+            raise AttributeError(name)
+        return functools.partial(around, self, self.__dict__[name])
+
+    def put(self: nn.Module, value: Any) -> None:
+        self.__dict__[name] = value
+
+    setattr(made, name, property(get, put))
+
+
 def install(module: nn.Module, made: type[nn.Module]) -> None:
     """Give the instance the subclass."""
     module.__class__ = made

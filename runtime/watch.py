@@ -47,6 +47,7 @@ _OPERATIONS = frozenset(
         aten._assert_async.msg,
         aten._to_copy.default,
         aten.add.Tensor,
+        aten.add_.Tensor,
         aten.addmm.default,
         aten.addmm_.default,
         aten.cat.default,

@@ -89,7 +89,7 @@ def test_inductor_takes_the_same_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_room_behind_rows_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the augmented product, what is recomputed has room as the first run's result had."""
-    monkeypatch.setattr(room, "serves", lambda device: True)
+    monkeypatch.setattr(room, "serves", lambda *given: True)
     steps = {}
     for level in ("torch", "default"):
         ours = optimized(BUILDS["lora"], level, monkeypatch)

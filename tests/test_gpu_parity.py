@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import models
 import pytest
 import torch
 import training
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fusewright
 
@@ -75,7 +77,7 @@ def test_lora_bfloat16_inductor(name: str, dtype: torch.dtype) -> None:
 
 
 def test_a_real_shape_follows_eager() -> None:
-    """A 1B-shape Llama with LoRA through Inductor: 20 steps, eager's losses."""
+    """A 1B-shape Llama with LoRA through Inductor: 20 steps, eager's losses up to its own roundings."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -92,7 +94,11 @@ def test_a_real_shape_follows_eager() -> None:
     )
     ids = torch.randint(10, 128256, (2, 1024), generator=torch.Generator().manual_seed(5)).cuda()
 
-    def curve(optimized: bool) -> list[float]:
+    def curve(optimized: bool, attention: SDPBackend | None = None) -> list[float]:
+        with nullcontext() if attention is None else sdpa_kernel(attention):
+            return run(optimized)
+
+    def run(optimized: bool) -> list[float]:
         torch.manual_seed(0)
         with torch.device("cuda"):
             torch.set_default_dtype(torch.bfloat16)
@@ -116,7 +122,13 @@ def test_a_real_shape_follows_eager() -> None:
             fusewright.report(model).require(rms_norm=33, rope=32, glu=16, linear_cross_entropy=1)
         return losses
 
+    def apart(these: list[float], those: list[float]) -> float:
+        return max(abs(a - b) / a for a, b in zip(these, those, strict=True))
+
+    # In bfloat16 the curves of one model part by their roundings, and the steeper the further: eager
+    # under another attention kernel, which is eager too, says how far.
     eager, ours = curve(False), curve(True)
-    worst = max(abs(a - b) / a for a, b in zip(eager, ours, strict=True))
-    print(f"losses {eager[0]:.4f} -> {eager[-1]:.4f}, worst relative difference {worst:.1e}")
-    assert worst < 1e-3
+    worst, rounding = apart(eager, ours), apart(eager, curve(False, SDPBackend.MATH))
+    print(f"losses {eager[0]:.4f} -> {eager[-1]:.4f}, apart {worst:.1e}, of eager {rounding:.1e}")
+    print([f"{(b - a) / a:.1e}" for a, b in zip(eager, ours, strict=True)])
+    assert worst <= max(1e-3, 1.5 * rounding)

@@ -102,7 +102,8 @@ def compare(
                 assert error(a, o) <= 2**-7 * error(o, torch.zeros_like(o))
     else:
         # one float32 rounding more or less is the order of the products
-        assert_not_worse_pooled(draws, names, slack if dtype is torch.float32 else 1.0)
+        # In 16 bits a float32 value between two neighbours may go either way by its last bit.
+        assert_not_worse_pooled(draws, names, slack if dtype is torch.float32 else 1.001)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -119,6 +119,46 @@ def test_a_budget_is_kept_and_the_bits_are_the_same(plan: Any, at: int) -> None:
             assert abs(measured[path] - fronts[path][place].saved) <= 64
 
 
+def checkpointed(model: Any) -> list[Any]:
+    layers = driver._required(model).memory.plan.layers
+    return [model.get_submodule(path) for path in layers]
+
+
+def test_gradient_checkpointing_is_satisfied_by_the_plan() -> None:
+    """No more memory than with every block under a checkpoint, less time, and the same bits."""
+    batch = models.batch(rows=ROWS, length=LENGTH)
+    plain = training.train_step(fusewright.optimize(adapted(), lowering="fx"), batch, seed=3)
+    model = adapted()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable()
+    ours = fusewright.optimize(model, lowering="fx", memory_budget="1GiB", strict=True)
+    step = training.train_step(ours, batch, seed=3)
+    assert torch.equal(step.loss, plain.loss)
+    for name, grad in plain.grads.items():
+        assert torch.equal(step.grads[name], grad), name
+    session = driver._required(ours)
+    plan = session.memory.plan
+    layers = session.memory._planner.layers(ROWS, LENGTH)
+    footing = session.memory._planner.footing
+    whole = [len(layer.front) - 1 for layer in layers]
+    assert plan.peak <= plan.budget
+    assert plan.budget <= timeline.needed(
+        timeline.peak(layers, whole, footing, ROWS, LENGTH), footing
+    )
+    assert plan.again <= timeline.recompute(layers, whole)
+    assert any("under a checkpoint" in note for note in session.notes)
+    theirs = {m: m.__dict__["_gradient_checkpointing_func"] for m in checkpointed(ours)}
+    assert len(theirs) == models.LAYERS
+    for layer in theirs:
+        layer._gradient_checkpointing_func = None  # calling it would fail
+    training.assert_same_step(training.train_step(ours, batch, seed=3), plain)
+    for layer, function in theirs.items():
+        layer._gradient_checkpointing_func = function
+    fusewright.restore(ours)
+    again = training.train_step(ours, batch, seed=3)  # the model's own checkpoints are back
+    training.assert_same_step(again, plain)
+
+
 def test_a_step_that_cannot_fit_is_refused_before_it_runs(planner: Planner) -> None:
     ours = fusewright.optimize(adapted(), lowering="fx", memory_budget=1000)
     with pytest.raises(DoesNotFit, match="the least that does is") as refused:

@@ -41,7 +41,7 @@ class Memory:
         self.plan: MemoryPlan | None = None
         self._make = planner
         self._planner: Planner | None = None
-        self._failed = False
+        self._failed = self._frugal = False
 
     def price(self, module: nn.Module, path: str, given: Any) -> float | None:
         """The price of the block's cut, 0 for a checkpoint around it, None where nothing is planned.
@@ -49,25 +49,24 @@ class Memory:
         Raises:
             DoesNotFit: the step cannot be kept under the budget, said before it runs.
         """
-        if getattr(module, "gradient_checkpointing", False):
-            self.note("memory_budget: gradient checkpointing is on, the blocks are not planned")
-            return None
         sizes = _sizes(tree_leaves(given))
         if sizes is not None and not self._failed:
-            self._plan_for(sizes)
+            self._plan_for(sizes, bool(getattr(module, "gradient_checkpointing", False)))
         return None if self.plan is None else self.plan.prices.get(path)
 
-    def _plan_for(self, sizes: tuple[int, int]) -> None:
-        """Plan once, and again when a larger batch comes."""
-        if self.plan is not None and math.prod(sizes) <= self.plan.batch * self.plan.sequence:
+    def _plan_for(self, sizes: tuple[int, int], frugal: bool) -> None:
+        """Plan once, and again when a larger batch comes or checkpointing is switched."""
+        known = self.plan is not None and frugal == self._frugal
+        if known and math.prod(sizes) <= self.plan.batch * self.plan.sequence:  # type: ignore[union-attr]
             return
+        self._frugal = frugal
         from fusewright.compiler.planning.observed import NotPlannable
 
         try:
             if self._planner is None:
                 with torch.random.fork_rng():  # dropout's masks must not depend on being planned
                     self._planner = self._make(sizes)
-            self.plan = self._planner.plan(self.budget, sizes)
+            self.plan = self._planner.plan(self.budget, sizes, frugal)
         except NotPlannable as error:
             self._failed = True
             self.note(f"memory_budget: {error}; the blocks keep what they would without a budget")
@@ -76,6 +75,7 @@ class Memory:
         self.note(
             f"memory_budget: for {sizes[0]} x {sizes[1]} tokens: {made}; predicted peak "
             f"{int(self.plan.peak)} of {self.plan.budget} bytes"
+            + (", no more than with every block under a checkpoint" if frugal else "")
         )
 
     def asked(self, graph: fx.Graph, path: str, record: GraphRecord) -> Asked | None:

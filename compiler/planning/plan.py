@@ -145,8 +145,12 @@ class Planner:
         step = footing.optimizer_seconds(self.footing, self.device)
         return sum(layer.seconds for layer in layers) + head + step
 
-    def plan(self, budget: str | float, sizes: tuple[int, int] | None = None) -> MemoryPlan:
+    def plan(
+        self, budget: str | float, sizes: tuple[int, int] | None = None, frugal: bool = False
+    ) -> MemoryPlan:
         """The fastest step under a budget, of another (batch, sequence) if given.
+
+        With ``frugal`` its peak is also at most that of a checkpoint around every block.
 
         Raises:
             DoesNotFit: none does; its ``least`` is the smallest budget that works.
@@ -155,6 +159,10 @@ class Planner:
         size = budgets.parse(budget, self.device.memory)
         self.sizes = batch, sequence = sizes or self.sizes
         layers = self.layers(batch, sequence)
+        if frugal:
+            whole = [len(layer.front) - 1 for layer in layers]  # the least saved is the whole block
+            top = timeline.peak(layers, whole, self.footing, batch, sequence)
+            size = min(size, timeline.needed(top, self.footing))
         chosen = timeline.choose(layers, self.footing, batch, sequence, size)
         moments = timeline.events(layers, chosen, self.footing, batch, sequence)
         again = timeline.recompute(layers, chosen)
