@@ -69,14 +69,18 @@ def test_supported_versions_are_no_cause_for_a_warning() -> None:
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_shells_complete_the_command(shell: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "fusewright", "--show-completion", shell],
+        [sys.executable, "-m", "fusewright"],  # --show-completion asks what shell it runs under
         cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(cli.__file__).parents[1]),
+            "_FUSEWRIGHT_COMPLETE": f"source_{shell}",
+        },
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0 and "_FUSEWRIGHT_COMPLETE" in done.stdout, done.stderr
+    assert done.returncode == 0 and "FUSEWRIGHT_COMPLETE=complete_" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
