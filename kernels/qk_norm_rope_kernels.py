@@ -320,30 +320,20 @@ def _backward_side(
             dy_batch, dy_head, dy_token, x_batch, x_head, x_token,
             HEADS, INTERLEAVED, ROTARY, WIDTH, BLOCK, PASS,
         )  # fmt: skip
-        for first in range(begin, rows, step):
-            following = _given(
-                first + step + lines, rows, tokens, pairs, dy_ptr, x_ptr, rstd_ptr,
-                dy_batch, dy_head, dy_token, x_batch, x_head, x_token,
-                HEADS, INTERLEAVED, ROTARY, WIDTH, BLOCK, PASS,
-            )  # fmt: skip
-            dw = _backward_rows(
-                first + lines, given, dw, dy_ptr, x_ptr, weight_ptr, dx_ptr, cos_ptr, sin_ptr,
-                rows, tokens, pairs, dx_batch, dx_head, dx_token, table_batch, table_token,
-                HEADS, OFFSET, ROUND_INPUT, INTERLEAVED, FULL, ROTARY, WIDTH, BLOCK, PASS, SUM,
-            )  # fmt: skip
+    for first in range(begin, rows, step):
+        following = _given(
+            first + (step if AHEAD else 0) + lines, rows, tokens, pairs, dy_ptr, x_ptr, rstd_ptr,
+            dy_batch, dy_head, dy_token, x_batch, x_head, x_token,
+            HEADS, INTERLEAVED, ROTARY, WIDTH, BLOCK, PASS,
+        )  # fmt: skip
+        dw = _backward_rows(
+            first + lines, given if AHEAD else following, dw, dy_ptr, x_ptr, weight_ptr, dx_ptr,
+            cos_ptr, sin_ptr, rows, tokens, pairs, dx_batch, dx_head, dx_token,
+            table_batch, table_token,
+            HEADS, OFFSET, ROUND_INPUT, INTERLEAVED, FULL, ROTARY, WIDTH, BLOCK, PASS, SUM,
+        )  # fmt: skip
+        if AHEAD:
             given = following
-    else:
-        for first in range(begin, rows, step):
-            given = _given(
-                first + lines, rows, tokens, pairs, dy_ptr, x_ptr, rstd_ptr,
-                dy_batch, dy_head, dy_token, x_batch, x_head, x_token,
-                HEADS, INTERLEAVED, ROTARY, WIDTH, BLOCK, PASS,
-            )  # fmt: skip
-            dw = _backward_rows(
-                first + lines, given, dw, dy_ptr, x_ptr, weight_ptr, dx_ptr, cos_ptr, sin_ptr,
-                rows, tokens, pairs, dx_batch, dx_head, dx_token, table_batch, table_token,
-                HEADS, OFFSET, ROUND_INPUT, INTERLEAVED, FULL, ROTARY, WIDTH, BLOCK, PASS, SUM,
-            )  # fmt: skip
     if SUM:
         _store_sums(dweight_ptr, program, dw, pairs, ROTARY, WIDTH, BLOCK, PASS, INTERLEAVED)
 

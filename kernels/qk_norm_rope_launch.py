@@ -41,8 +41,10 @@ def _tile(width: int, itemsize: int, limits: Limits, per_sm: int = 0, ahead: boo
 
     In float32 the order of a sum shows: a program adds a tile's rows up last, so it has few of them.
     """
-    rows, threads = (4, 32) if itemsize == 4 else (2048 // power_of_two(width), 128)
-    return Tile(max(1, min(64, rows)), max(1, threads // limits.warp), per_sm, ahead)
+    block = power_of_two(width)
+    rows = max(1, min(4 if itemsize == 4 else 64, 2048 // block))
+    threads = max(limits.warp, min(128, rows * block // 16)) if itemsize == 4 else 128
+    return Tile(rows, threads // limits.warp, per_sm, ahead)
 
 
 @functools.lru_cache(maxsize=512)
