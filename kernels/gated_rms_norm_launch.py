@@ -101,10 +101,11 @@ def launch_backward(
     limits, summing = device.limits(x.device), dweight is not None
     tile = backward_tile(width, x.element_size(), after, summing, limits)
     splits = tiles = -(-tokens // tile.rows)
-    partial = None
-    if summing:
+    if tile.per_sm:
         most = max(1, min(tiles, tile.per_sm * limits.multiprocessors // groups))
         splits = -(-tiles // -(-tiles // most))
+    partial = None
+    if summing:
         partial = torch.empty((splits, width * groups), dtype=torch.float32, device=x.device)
     precise = x.dtype is torch.float32
     with on_device_of(x):
@@ -114,7 +115,7 @@ def launch_backward(
              dx, dgate, partial),
             (tokens, width, groups, dy_row, x_row, gate_row),
             (offset, cast == "input", after, activation, precise, *_constants(tile, width),
-             summing, tile.stages, tile.hoist and weight is not None, tile.reload),
+             tile.per_sm > 0, tile.stages, tile.hoist and weight is not None, tile.reload),
             tile.warps,
         )  # fmt: skip
         if partial is not None:

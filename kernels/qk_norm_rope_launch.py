@@ -26,8 +26,8 @@ _forward, _backward, _sums = Launcher(qk_forward), Launcher(qk_backward), Launch
 class Tile(NamedTuple):
     """Rows that a program takes at a time, and its warps.
 
-    With sums there are ``per_sm`` programs per multiprocessor, which walk over the rows, and with
-    ``ahead`` have the next ones in flight, in registers.
+    With ``per_sm`` programs per multiprocessor each walks over the rows, as sums need it, and with
+    ``ahead`` has the next ones in flight, in registers; with 0 there are as many programs as tiles.
     """
 
     rows: int
@@ -131,9 +131,10 @@ def backward(
     cut = backward_tile(width, q.element_size(), summing, limits)
     rows = [batch * tokens * n for n in heads]
     programs = [-(-n // cut.rows) if side else 0 for n, side in zip(rows, wanted, strict=True)]
+    if cut.per_sm:
+        programs = _walking(programs, cut.per_sm * limits.multiprocessors)
     sums: list[Maybe] = [None, None]
     if summing:
-        programs = _walking(programs, cut.per_sm * limits.multiprocessors)
         partial = q.new_empty((sum(programs), width), dtype=torch.float32).split(programs)
         sums = [None if g is None else p for p, g in zip(partial, (dqw, dkw), strict=True)]
     cos, sin, *table = _tables(turn)
