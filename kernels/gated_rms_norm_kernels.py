@@ -97,6 +97,37 @@ def _gain(
 
 
 @triton.jit
+def _store_gradients(
+    there, taken, gates, given, weights, rstd, along, out, weight_ptr, dx_ptr, dgate_ptr, width,
+    OFFSET: tl.constexpr, AFTER: tl.constexpr, ACTIVATION: tl.constexpr, PRECISE: tl.constexpr,
+    PIECE: tl.constexpr, PIECES: tl.constexpr, EVEN: tl.constexpr, HOIST: tl.constexpr,
+    AGAIN: tl.constexpr,
+):  # fmt: skip
+    """Store dx, and dgate where the gate comes before the norm, of a tile whose means are known."""
+    # 1, which the compiler cannot know: what follows is worked out again, not held.
+    one = tl.where(tl.abs(along) >= 0.0, 1.0, along)
+    for at in tl.static_range(PIECES):
+        columns = _columns(at, PIECE)
+        mask = _mask(there, columns, width, at, PIECES, EVEN)
+        x, g, z = taken[at].to(tl.float32), given[at].to(tl.float32), gates[at].to(tl.float32)
+        if AGAIN:
+            x, g, z = x * one, g * one, z * one
+        act, slope = value_and_slope(z, 1.0, ACTIVATION, PRECISE)
+        if weight_ptr is not None:
+            g = g * _gain(weights, weight_ptr, columns, width, at, PIECES, EVEN, OFFSET, HOIST)
+        if AFTER:
+            d = rstd * (g * act - x * rstd * along)
+        else:
+            d = rstd * (g - x * act * rstd * along)
+            if dgate_ptr is not None:
+                dgate = (d * x * slope).to(dgate_ptr.dtype.element_ty)
+                tl.store(dgate_ptr + (out + columns), dgate, mask=mask)
+            d = d * act
+        if dx_ptr is not None:
+            tl.store(dx_ptr + (out + columns), d.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _backward_tile(
     first, group, weights, dweight,
     dy_ptr, x_ptr, gate_ptr, weight_ptr, rstd_ptr, dx_ptr, dgate_ptr,
@@ -147,29 +178,10 @@ def _backward_tile(
         products += g * xhat
     if (dx_ptr is not None) or ((dgate_ptr is not None) and not AFTER):
         along = _of_width(tl.sum(products, 1), width)[:, None]
-        # 1, which the compiler cannot know: what follows is worked out again, not held.
-        one = tl.where(tl.abs(along) >= 0.0, 1.0, along)
-        for at in tl.static_range(PIECES):
-            columns = _columns(at, PIECE)
-            mask = _mask(there, columns, width, at, PIECES, EVEN)
-            x, g, z = taken[at].to(tl.float32), given[at].to(tl.float32), gates[at].to(tl.float32)
-            if AGAIN:
-                x, g, z = x * one, g * one, z * one
-            act, slope = value_and_slope(z, 1.0, ACTIVATION, PRECISE)
-            if weight_ptr is not None:
-                g = g * _gain(weights, weight_ptr, columns, width, at, PIECES, EVEN, OFFSET, HOIST)
-            if AFTER:
-                d = rstd * (g * act - x * rstd * along)
-            else:
-                d = rstd * (g - x * act * rstd * along)
-                if dgate_ptr is not None:
-                    dgate = d * x * slope
-                    tl.store(
-                        dgate_ptr + (out + columns), dgate.to(dgate_ptr.dtype.element_ty), mask=mask
-                    )
-                d = d * act
-            if dx_ptr is not None:
-                tl.store(dx_ptr + (out + columns), d.to(dx_ptr.dtype.element_ty), mask=mask)
+        _store_gradients(
+            there, taken, gates, given, weights, rstd, along, out, weight_ptr, dx_ptr, dgate_ptr,
+            width, OFFSET, AFTER, ACTIVATION, PRECISE, PIECE, PIECES, EVEN, HOIST, AGAIN,
+        )  # fmt: skip
     return added
 
 
