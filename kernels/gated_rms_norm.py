@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from fusewright.kernels import activations, rms_norm
-from fusewright.kernels.gated_rms_norm_kernels import launch_backward, launch_forward
+from fusewright.kernels.gated_rms_norm_launch import launch_backward, launch_forward
 from fusewright.kernels.launch import launchable
 from fusewright.kernels.reduce import absent, compute_dtype
 from fusewright.kernels.rows import check_like

@@ -47,12 +47,11 @@ def _begin(ptr, batch, token, head, of_batch, of_head, of_token):
 
 
 @triton.jit
-def _angles(
-    ptr, batch, token, of_batch, of_token, pairs, there, HALF: tl.constexpr, BLOCK: tl.constexpr,
-    FULL: tl.constexpr, INTERLEAVED: tl.constexpr,
+def _table(
+    at, pairs, there, HALF: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """A table's values for the first and the second features of the pairs of every row."""
-    at = ptr + (batch * of_batch + token * of_token)[:, None]
     if FULL:
         first, second = _load_pairs(at, pairs, there, HALF, BLOCK, INTERLEAVED)
     else:
@@ -60,6 +59,18 @@ def _angles(
         first = tl.load(at + pairs[None, :], mask=mask, other=0.0).to(tl.float32)
         second = first
     return first, second
+
+
+@triton.jit
+def _angles(
+    cos_ptr, sin_ptr, batch, token, of_batch, of_token, pairs, there, HALF: tl.constexpr,
+    BLOCK: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """cos and sin of the first features, cos and sin of the second ones, of every row."""
+    at = (batch * of_batch + token * of_token)[:, None]
+    c1, c2 = _table(cos_ptr + at, pairs, there, HALF, BLOCK, FULL, INTERLEAVED)
+    s1, s2 = _table(sin_ptr + at, pairs, there, HALF, BLOCK, FULL, INTERLEAVED)
+    return c1, s1, c2, s2
 
 
 @triton.jit
@@ -114,32 +125,10 @@ def _forward_side(
     if SHORT:
         columns, mask = _beyond(there, ROTARY, WIDTH, PASS)
         x3 = tl.load(at + columns, mask=mask, other=0.0)
-    c1, c2 = _angles(
-        cos_ptr,
-        batch,
-        token,
-        table_batch,
-        table_token,
-        pairs,
-        there,
-        HALF,
-        BLOCK,
-        FULL,
+    c1, s1, c2, s2 = _angles(
+        cos_ptr, sin_ptr, batch, token, table_batch, table_token, pairs, there, HALF, BLOCK, FULL,
         INTERLEAVED,
-    )
-    s1, s2 = _angles(
-        sin_ptr,
-        batch,
-        token,
-        table_batch,
-        table_token,
-        pairs,
-        there,
-        HALF,
-        BLOCK,
-        FULL,
-        INTERLEAVED,
-    )
+    )  # fmt: skip
     w1, w2, w3 = _gains(weight_ptr, row, pairs, OFFSET, ROTARY, WIDTH, BLOCK, PASS, INTERLEAVED)
     x1, x2, x3 = x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(_mean(x1 * x1, x2 * x2, x3 * x3, WIDTH, SHORT) + eps))
@@ -229,32 +218,10 @@ def _backward_rows(
     there = (row < rows)[:, None]
     batch, token, head = _place(row, tokens, HEADS)
     x1, x2, x3, y1, y2, y3, rstd = given
-    c1, c2 = _angles(
-        cos_ptr,
-        batch,
-        token,
-        table_batch,
-        table_token,
-        pairs,
-        there,
-        HALF,
-        BLOCK,
-        FULL,
+    c1, s1, c2, s2 = _angles(
+        cos_ptr, sin_ptr, batch, token, table_batch, table_token, pairs, there, HALF, BLOCK, FULL,
         INTERLEAVED,
-    )
-    s1, s2 = _angles(
-        sin_ptr,
-        batch,
-        token,
-        table_batch,
-        table_token,
-        pairs,
-        there,
-        HALF,
-        BLOCK,
-        FULL,
-        INTERLEAVED,
-    )
+    )  # fmt: skip
     w1, w2, w3 = _gains(weight_ptr, row, pairs, OFFSET, ROTARY, WIDTH, BLOCK, PASS, INTERLEAVED)
     d1, d2 = _turn(y1.to(tl.float32), y2.to(tl.float32), c1, s1, c2, s2, True)
     x1, x2 = x1.to(tl.float32) * rstd, x2.to(tl.float32) * rstd
@@ -320,30 +287,20 @@ def _backward_side(
             dy_batch, dy_head, dy_token, x_batch, x_head, x_token,
             HEADS, INTERLEAVED, ROTARY, WIDTH, BLOCK, PASS,
         )  # fmt: skip
-        for first in range(begin, rows, step):
-            following = _given(
-                first + step + lines, rows, tokens, pairs, dy_ptr, x_ptr, rstd_ptr,
-                dy_batch, dy_head, dy_token, x_batch, x_head, x_token,
-                HEADS, INTERLEAVED, ROTARY, WIDTH, BLOCK, PASS,
-            )  # fmt: skip
-            dw = _backward_rows(
-                first + lines, given, dw, dy_ptr, x_ptr, weight_ptr, dx_ptr, cos_ptr, sin_ptr,
-                rows, tokens, pairs, dx_batch, dx_head, dx_token, table_batch, table_token,
-                HEADS, OFFSET, ROUND_INPUT, INTERLEAVED, FULL, ROTARY, WIDTH, BLOCK, PASS, SUM,
-            )  # fmt: skip
+    for first in range(begin, rows, step):
+        following = _given(
+            first + (step if AHEAD else 0) + lines, rows, tokens, pairs, dy_ptr, x_ptr, rstd_ptr,
+            dy_batch, dy_head, dy_token, x_batch, x_head, x_token,
+            HEADS, INTERLEAVED, ROTARY, WIDTH, BLOCK, PASS,
+        )  # fmt: skip
+        dw = _backward_rows(
+            first + lines, given if AHEAD else following, dw, dy_ptr, x_ptr, weight_ptr, dx_ptr,
+            cos_ptr, sin_ptr, rows, tokens, pairs, dx_batch, dx_head, dx_token,
+            table_batch, table_token,
+            HEADS, OFFSET, ROUND_INPUT, INTERLEAVED, FULL, ROTARY, WIDTH, BLOCK, PASS, SUM,
+        )  # fmt: skip
+        if AHEAD:
             given = following
-    else:
-        for first in range(begin, rows, step):
-            given = _given(
-                first + lines, rows, tokens, pairs, dy_ptr, x_ptr, rstd_ptr,
-                dy_batch, dy_head, dy_token, x_batch, x_head, x_token,
-                HEADS, INTERLEAVED, ROTARY, WIDTH, BLOCK, PASS,
-            )  # fmt: skip
-            dw = _backward_rows(
-                first + lines, given, dw, dy_ptr, x_ptr, weight_ptr, dx_ptr, cos_ptr, sin_ptr,
-                rows, tokens, pairs, dx_batch, dx_head, dx_token, table_batch, table_token,
-                HEADS, OFFSET, ROUND_INPUT, INTERLEAVED, FULL, ROTARY, WIDTH, BLOCK, PASS, SUM,
-            )  # fmt: skip
     if SUM:
         _store_sums(dweight_ptr, program, dw, pairs, ROTARY, WIDTH, BLOCK, PASS, INTERLEAVED)
 

@@ -26,8 +26,8 @@ _forward, _backward, _sums = Launcher(qk_forward), Launcher(qk_backward), Launch
 class Tile(NamedTuple):
     """Rows that a program takes at a time, and its warps.
 
-    With sums there are ``per_sm`` programs per multiprocessor, which walk over the rows, and with
-    ``ahead`` have the next ones in flight, in registers.
+    With ``per_sm`` programs per multiprocessor each walks over the rows, as sums need it, and with
+    ``ahead`` has the next ones in flight, in registers; with 0 there are as many programs as tiles.
     """
 
     rows: int
@@ -41,8 +41,10 @@ def _tile(width: int, itemsize: int, limits: Limits, per_sm: int = 0, ahead: boo
 
     In float32 the order of a sum shows: a program adds a tile's rows up last, so it has few of them.
     """
-    rows, threads = (4, 32) if itemsize == 4 else (2048 // power_of_two(width), 128)
-    return Tile(max(1, min(64, rows)), max(1, threads // limits.warp), per_sm, ahead)
+    block = power_of_two(width)
+    rows = max(1, min(4 if itemsize == 4 else 64, 2048 // block))
+    threads = max(limits.warp, min(128, rows * block // 16)) if itemsize == 4 else 128
+    return Tile(rows, threads // limits.warp, per_sm, ahead)
 
 
 @functools.lru_cache(maxsize=512)
@@ -129,9 +131,10 @@ def backward(
     cut = backward_tile(width, q.element_size(), summing, limits)
     rows = [batch * tokens * n for n in heads]
     programs = [-(-n // cut.rows) if side else 0 for n, side in zip(rows, wanted, strict=True)]
+    if cut.per_sm:
+        programs = _walking(programs, cut.per_sm * limits.multiprocessors)
     sums: list[Maybe] = [None, None]
     if summing:
-        programs = _walking(programs, cut.per_sm * limits.multiprocessors)
         partial = q.new_empty((sum(programs), width), dtype=torch.float32).split(programs)
         sums = [None if g is None else p for p, g in zip(partial, (dqw, dkw), strict=True)]
     cos, sin, *table = _tables(turn)

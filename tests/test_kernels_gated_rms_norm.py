@@ -162,20 +162,27 @@ def test_fake_agrees(backend: Backend) -> None:
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
-    for dtype in (torch.bfloat16, torch.float32):
-        for width, group in ((128, 128), (4096, 512), (4096, 4096)):
-            x, w = torch.empty(8, width, dtype=dtype), torch.empty(width)
-            r = torch.empty(8, width // group)
-            for order in family.ORDERS:
-                a = ("input", order, "silu", group)
+    shapes = [(d, w, g) for d in (torch.bfloat16, torch.float32)
+              for w, g in ((128, 128), (4096, 512), (4096, 4096))]  # fmt: skip
+    for dtype, width, group in (
+        *shapes,
+        (torch.bfloat16, 5120, 5120),
+        (torch.bfloat16, 8192, 8192),
+    ):
+        # rows enough for programs that walk over them
+        x, w = torch.empty(1024, width, dtype=dtype), torch.empty(width)
+        r = torch.empty(1024, width // group)
+        for order in family.ORDERS:
+            a = ("input", order, "silu", group)
+            yield (
+                f"{dtype} {width} {order}",
+                lambda x=x, w=w, a=a: family.triton_fwd(x, x, w, EPS, 0.0, *a, x.dtype),
+            )
+            for need in (False, True):
                 yield (
-                    f"{dtype} {width} {order}",
-                    lambda x=x, w=w, a=a: family.triton_fwd(x, x, w, EPS, 0.0, *a, x.dtype),
-                )
-                yield (
-                    f"{dtype} {width} {order} backward",
-                    lambda x=x, w=w, r=r, a=a: family.triton_bwd(
-                        x, x, x, w, r, 0.0, *a, True, True, True
+                    f"{dtype} {width} {order} backward {need}",
+                    lambda x=x, w=w, r=r, a=a, n=need: family.triton_bwd(
+                        x, x, x, w, r, 0.0, *a, True, True, n
                     ),
                 )
 
