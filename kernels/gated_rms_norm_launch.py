@@ -62,7 +62,8 @@ def backward_tile(width: int, itemsize: int, after: bool, summing: bool, limits:
     per_sm = max(1, 512 // (warps * limits.warp))
     room = limits.shared // per_sm - 4096
     stages = max(1, min(2, 1 + room // (rows * numbers * itemsize * 4)))
-    return Tile(rows, warps, per_sm, 1 if itemsize == 4 else stages, reload=not after)
+    hoist = itemsize == 2 and numbers >= 2048
+    return Tile(rows, warps, per_sm, 1 if itemsize == 4 else stages, hoist, reload=not after)
 
 
 def _constants(tile: Tile, width: int) -> tuple[int | bool, ...]:
@@ -108,6 +109,8 @@ def launch_backward(
     if summing:
         partial = torch.empty((splits, width * groups), dtype=torch.float32, device=x.device)
     precise = x.dtype is torch.float32
+    # A weight of more bytes than the rows takes more registers than there are.
+    hoist = tile.hoist and weight is not None and weight.element_size() <= x.element_size()
     with on_device_of(x):
         _backward(
             (splits * groups, 1),
@@ -115,7 +118,7 @@ def launch_backward(
              dx, dgate, partial),
             (tokens, width, groups, dy_row, x_row, gate_row),
             (offset, cast == "input", after, activation, precise, *_constants(tile, width),
-             tile.per_sm > 0, tile.stages, tile.hoist and weight is not None, tile.reload),
+             tile.per_sm > 0, tile.stages, hoist, tile.reload),
             tile.warps,
         )  # fmt: skip
         if partial is not None:

@@ -45,3 +45,12 @@ def test_both_and_their_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert names | {"glu", "glu_packed", "cross_entropy", "nf4_dequantize"} <= kernels
     assert kernels_report.wanted("gated after dx+dw") == kernels_report.WANTED["dx+dw"]
     assert all(r["kernel"] in kernels_report.markdown("card", rows) for r in rows)
+
+
+def test_a_sweep_of_tiles(tmp_path: Path) -> None:
+    """Tiles other than the rule's give the rule's results; the last one timed is the rule's."""
+    swept = dry("sweep_gated_qk.py", tmp_path / "sweep.json")["sweep"]
+    names = {r["name"].replace("qk_norm_rope", "heads").split()[0] for r in swept}
+    directions = {r["name"].split()[2 if r["name"].startswith("gated") else 1] for r in swept}
+    assert names == {"gated", "heads"} and directions == {"forward", "dx", "dx+dw"}
+    assert swept[-1]["tile"].startswith("-") and not swept[1]["tile"].startswith("-")

@@ -162,25 +162,24 @@ def test_fake_agrees(backend: Backend) -> None:
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
-    shapes = [(d, w, g) for d in (torch.bfloat16, torch.float32)
-              for w, g in ((128, 128), (4096, 512), (4096, 4096))]  # fmt: skip
-    for dtype, width, group in (
-        *shapes,
-        (torch.bfloat16, 5120, 5120),
-        (torch.bfloat16, 8192, 8192),
-    ):
+    bf16, f32 = torch.bfloat16, torch.float32
+    shapes = [
+        (d, f32, w, g) for d in (bf16, f32) for w, g in ((128, 128), (4096, 512), (4096, 4096))
+    ]
+    shapes += [(bf16, bf16, w, w) for w in (4096, 5120, 8192)]
+    for dtype, of_weight, width, group in shapes:
         # rows enough for programs that walk over them
-        x, w = torch.empty(1024, width, dtype=dtype), torch.empty(width)
+        x, w = torch.empty(1024, width, dtype=dtype), torch.empty(width, dtype=of_weight)
         r = torch.empty(1024, width // group)
         for order in family.ORDERS:
             a = ("input", order, "silu", group)
             yield (
-                f"{dtype} {width} {order}",
+                f"{dtype} {of_weight} {width} {order}",
                 lambda x=x, w=w, a=a: family.triton_fwd(x, x, w, EPS, 0.0, *a, x.dtype),
             )
-            for need in (False, True):
+            for need in (False, True) if dtype is of_weight else (True,):
                 yield (
-                    f"{dtype} {width} {order} backward {need}",
+                    f"{dtype} {of_weight} {width} {order} backward {need}",
                     lambda x=x, w=w, r=r, a=a, n=need: family.triton_bwd(
                         x, x, x, w, r, 0.0, *a, True, True, n
                     ),
