@@ -106,8 +106,9 @@ def _compile(some: list[Job]) -> None:
             job.case.ours()()
         except _FAILURES as failure:  # what does not fit is reported when it is timed
             print("skipped", job.case.name, job.tile, type(failure).__name__)
-    if place.ON_GPU:
-        torch.cuda.synchronize()
+        if place.ON_GPU:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # many processes share the memory
 
 
 def _flat(result: Any) -> list[torch.Tensor]:

@@ -53,4 +53,5 @@ def test_a_sweep_of_tiles(tmp_path: Path) -> None:
     names = {r["name"].replace("qk_norm_rope", "heads").split()[0] for r in swept}
     directions = {r["name"].split()[2 if r["name"].startswith("gated") else 1] for r in swept}
     assert names == {"gated", "heads"} and directions == {"forward", "dx", "dx+dw"}
+    assert len(swept) == 5 * 3 * 4  # kernels and shapes, directions, two tiles and the rule twice
     assert swept[-1]["tile"].startswith("-") and not swept[1]["tile"].startswith("-")
