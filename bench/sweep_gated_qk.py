@@ -57,12 +57,18 @@ def _gated(order: str, width: int, direction: str) -> list[Tile]:
             Tile(2, t // 32) for t in (256, 512, 1024) if 16 <= 2 * width // t <= 32
         ]
     if direction == "dx":
-        single = [Tile(1, t // 32, reload=a) for t in threads for a in again]
-        return [*single, *(Tile(1, t // 32, 512 // t, 2, reload=again[-1]) for t in (256, 512))]
+        single = [Tile(1, t // 32, hoist=True, reload=a) for t in threads for a in again]
+        pieces = [t for t in threads if 8 * t < width and width % (8 * t) == 0]
+        cut = [Tile(1, t // 32, hoist=True, reload=again[-1], piece=8 * t) for t in pieces]
+        return [
+            *single,
+            *cut,
+            *(Tile(1, t // 32, 512 // t, 2, True, again[-1]) for t in (256, 512)),
+        ]
     shapes = [(t, 512 // t) for t in (256, 512) if width // t <= 20]
     flags = itertools.product(shapes, (1, 2, 3), (False, True), again[-1:])
     tiles = [Tile(1, t // 32, p, s, h, a) for (t, p), s, h, a in flags if s < 3 or not h]
-    return [*tiles, Tile(1, 16, 1, 2, True), Tile(1, 32, 1, 2, False, again[-1])]
+    return [*tiles, Tile(1, 8, 2, 2, True, again[-1], 1024), Tile(1, 32, 1, 2, False, again[-1])]
 
 
 def _heads(direction: str) -> list[HeadTile]:

@@ -55,10 +55,13 @@ def backward_tile(width: int, itemsize: int, after: bool, summing: bool, limits:
     """
     numbers = covered(width)
     rows = _rows(numbers, 2048 if itemsize == 2 else 1024)
-    few = itemsize == 4 or (numbers > 6144 and not summing)
+    few = itemsize == 4 or (numbers > 6144 and not summing and not after)
     warps = _warps(rows * numbers, 8 if few else 16, limits)
     if not summing:
-        return Tile(rows, warps)
+        # In pieces of 16 bytes a thread the compiler holds least, where little is held at all.
+        piece = warps * limits.warp * 8
+        fits = after and itemsize == 2 and rows == 1 and piece < width and width % piece == 0
+        return Tile(rows, warps, hoist=itemsize == 2, piece=piece if fits else 0)
     per_sm = max(1, 512 // (warps * limits.warp))
     room = limits.shared // per_sm - 4096
     stages = max(1, min(2, 1 + room // (rows * numbers * itemsize * 4)))
