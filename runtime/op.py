@@ -78,15 +78,10 @@ def _differentiate(
     short = None
     forward_plan, backward_plan = plans
     if spec.triton is not None:
-        calls = [
-            (spec.triton[i] if plan is None else plan.call, plan)
-            for i, plan in enumerate((forward_plan, backward_plan))
-        ]
         forward, backward = (
-            quick.past(op, plan) if plan is not None and arguments.lists
-            else shortcut(op, call, device)
-            for op, (call, plan) in zip((forward, backward), calls, strict=True)
-        )  # fmt: skip
+            shortcut(op, kernel, device) if plan is None else quick.past(op, plan)
+            for op, kernel, plan in zip((forward, backward), spec.triton, plans, strict=True)
+        )
     apply = applied(spec, forward, backward, arguments)
     if forward_plan is not None and backward_plan is not None:
         if arguments.lists:
