@@ -32,16 +32,18 @@ app = typer.Typer(
     help="A graph compiler for fine-tuning: ask what it would do, before there is a GPU.",
 )
 
+_Target = Annotated[str, typer.Argument(help="a model type, a config.json, or a folder with one")]
+_Batch = Annotated[int, typer.Option(min=1, help="rows of the batch")]
+_Sequence = Annotated[
+    int, typer.Option(min=0, help="tokens a row; 0: as the config allows, at most 4096")
+]
+
 
 @app.command()
 def report(
-    target: Annotated[
-        str, typer.Argument(help="a model type, a config.json, or a folder with one")
-    ] = "",
-    batch: Annotated[int, typer.Option(min=1, help="rows of the batch")] = 1,
-    sequence: Annotated[
-        int, typer.Option(min=0, help="tokens a row; 0: as the config allows, at most 4096")
-    ] = 0,
+    target: _Target = "",
+    batch: _Batch = 1,
+    sequence: _Sequence = 0,
     dtype: Annotated[
         str, typer.Option(help=", ".join(_DTYPES), autocompletion=lambda: list(_DTYPES))
     ] = "bfloat16",
@@ -79,13 +81,9 @@ def report(
 
 @app.command()
 def plan(
-    target: Annotated[
-        str, typer.Argument(help="a model type, a config.json, or a folder with one")
-    ],
-    batch: Annotated[int, typer.Option(min=1, help="rows of the batch")] = 1,
-    sequence: Annotated[
-        int, typer.Option(min=0, help="tokens a row; 0: as the config allows, at most 4096")
-    ] = 0,
+    target: _Target,
+    batch: _Batch = 1,
+    sequence: _Sequence = 0,
     budget: Annotated[str, typer.Option(help="22GiB, 90%, bytes, or auto")] = "auto",
     device: Annotated[str, typer.Option(help="h200, h100, a100 or a100-40gb")] = "",
     optimizer: Annotated[
@@ -155,13 +153,9 @@ def doctor(
 
 @app.command()
 def bench(
-    target: Annotated[
-        str, typer.Argument(help="a model type, a config.json, or a folder with one")
-    ],
-    batch: Annotated[int, typer.Option(min=1, help="rows of the batch")] = 1,
-    sequence: Annotated[
-        int, typer.Option(min=0, help="tokens a row; 0: as the config allows, at most 4096")
-    ] = 0,
+    target: _Target,
+    batch: _Batch = 1,
+    sequence: _Sequence = 0,
     dtype: Annotated[
         str, typer.Option(help=", ".join(_DTYPES), autocompletion=lambda: list(_DTYPES))
     ] = "bfloat16",
