@@ -77,15 +77,15 @@ def verify(
         exact = _run(_Float64(plain or canonical), cut, torch.float64, kept)
     except NotVerifiable as reason:
         return Verdict(reason=str(reason))
-    except (RuntimeError, TypeError, NotImplementedError, KeyError) as error:
+    except Exception as error:  # other libraries' operators refuse float64 in errors of any kind
         return Verdict(reason=f"the region does not run in float64: {_brief(error)}")
     try:
         eager = _run(_Quiet(canonical), cut, None, kept)
-    except (RuntimeError, TypeError, KeyError) as error:
+    except Exception as error:
         return Verdict(reason=f"the region does not run on cut inputs: {_brief(error)}")
     try:
         ours = _run(_Quiet(rewritten), cut, None, kept)
-    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+    except Exception as error:
         return Verdict(status="reverted", reason=f"the rewritten region failed: {_brief(error)}")
     coarsest = max((torch.finfo(v.dtype).eps for v, _ in cut if _is_floating(v)), default=0.0)
     return _judge(exact, eager, ours, coarsest)
