@@ -32,7 +32,7 @@ _TYPES = {
 }
 
 
-_PLAIN = {torch.Tensor: True, torch.nn.Parameter: True}
+_PLAIN: dict[Any, bool] = {torch.Tensor: True, torch.nn.Parameter: True}
 
 
 def is_plain(kind: type) -> bool:
@@ -43,10 +43,10 @@ def is_plain(kind: type) -> bool:
     """
     found = _PLAIN.get(kind)
     if found is None:
-        found = (
+        found = bool(
             issubclass(kind, torch.nn.Parameter)
             and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-            and not issubclass(kind, torch.nn.parameter.UninitializedTensorMixin)
+            and not issubclass(kind, torch.nn.UninitializedParameter)
         )
         _PLAIN[kind] = found
     return found
