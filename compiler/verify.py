@@ -79,6 +79,8 @@ def verify(
         exact = _run(_Float64(plain or canonical), cut, torch.float64, kept)
     except NotVerifiable as reason:
         return Verdict(reason=str(reason))
+    except IndexError:
+        raise  # a label or an id out of range, of which eager says the same
     except Exception as error:
         # Other libraries' operators refuse float64 in errors of any kind.
         log.debug("float64", exc_info=True)
