@@ -2,20 +2,20 @@
 
     with a bias of the adapter's own   y + s (x A^T) B^T + s c
     with scaled waist and result       y + b (d (x A^T)) B^T, for vectors b and d
-    with a weight put together         y + x D^T, where the graph computes D of other weights
+    with a weight put together         y + x D^T, where a function computes D of other weights
 
 They keep running as they are written; the names serve the report's reasons.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
 from fusewright.compiler import ir
-from fusewright.patterns import quantised
 
 aten = torch.ops.aten
 
@@ -28,8 +28,9 @@ def pair(node: Any) -> fx.Node | None:
 
 def looks_added(node: fx.Node) -> bool:
     """Whether an adapter's last map, scaled or not, is added to a linear map of the same input."""
-    x = _input(node)
-    total = node
+    if _linear(node) and _computed(node.args[1]):
+        return True  # the sum is often another graph's, since the function breaks this one
+    x, total = _input(node), node
     while x is not None and len(total.users) == 1:
         (user,) = total.users
         if ir.is_call(user, aten.add.Tensor):
@@ -47,7 +48,7 @@ def other_kind(node: fx.Node) -> str:
     if not _linear(node):
         return ""
     if _computed(node.args[1]):
-        return "the adapter's weight is put together in the graph, not two maps in a row"
+        return "a function of its own puts the weight together; it is not two maps in a row"
     first = _first(node)
     if first is None:
         return ""
@@ -61,9 +62,7 @@ def _input(last: fx.Node) -> fx.Node | None:
     if not _linear(last):
         return None
     first = _first(last)
-    if first is not None:
-        return _source(first)
-    return _source(last) if _computed(last.args[1]) else None
+    return None if first is None else _source(first)
 
 
 def _first(second: fx.Node) -> fx.Node | None:
@@ -76,11 +75,12 @@ def _first(second: fx.Node) -> fx.Node | None:
 
 
 def _computed(weight: Any) -> bool:
-    """Whether a weight is a product of others, and no dequantised one."""
+    """Whether an autograd function of the model's own puts a weight together."""
+    through = (aten.mul.Tensor, aten.view.default, aten.reshape.default, operator.getitem)
     weight = ir.strip_casts(weight)
-    if quantised.is_weight(weight):
-        return False
-    return ir.is_call(weight, aten.mul.Tensor, aten.mm.default, aten.matmul.default)
+    while ir.is_call(weight, *through):
+        weight = ir.strip_casts(weight.args[0])
+    return ir.is_call(weight, torch.ops.higher_order.autograd_function_apply)
 
 
 def _source(linear: Any) -> Any:
