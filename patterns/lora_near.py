@@ -74,10 +74,10 @@ def _first(second: fx.Node) -> fx.Node | None:
     return node if _linear(node) else None
 
 
-def _computed(weight: Any) -> bool:
+def _computed(parameter: Any) -> bool:
     """Whether an autograd function of the model's own puts a weight together."""
     through = (aten.mul.Tensor, aten.view.default, aten.reshape.default, operator.getitem)
-    weight = ir.strip_casts(weight)
+    weight: Any = ir.strip_casts(parameter)
     while ir.is_call(weight, *through):
         weight = ir.strip_casts(weight.args[0])
     return ir.is_call(weight, torch.ops.higher_order.autograd_function_apply)
@@ -85,7 +85,7 @@ def _computed(weight: Any) -> bool:
 
 def _source(linear: Any) -> Any:
     """The tensor that a map reads, before casts and dropout."""
-    x = ir.strip_casts(linear.args[0])
+    x: Any = ir.strip_casts(linear.args[0])
     return ir.strip_casts(x.args[0]) if ir.is_call(x, aten.dropout.default) else x
 
 
