@@ -28,7 +28,7 @@ def join(half: fx.GraphModule) -> int:
     """Rewrite the backward half in place; tells how many units no longer run again."""
     joined = 0
     for node in list(half.graph.nodes):
-        if _name(node) == "lora_group_backward":
+        if ir.own_name(node) == "lora_group_backward":
             joined += _joined(half.graph, node)
     if joined:
         half.graph.lint()
@@ -36,24 +36,10 @@ def join(half: fx.GraphModule) -> int:
     return joined
 
 
-def _name(node: Any) -> str:
-    """The op's name in our namespace, "" for anything else."""
-    target = getattr(node, "target", None)
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "fusewright":
-        return ""
-    return target._schema.name.partition("::")[2]
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The call's arguments by name; the ops have no defaults."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-
-
 def _joined(graph: fx.Graph, layers: fx.Node) -> bool:
-    given = _arguments(layers)
+    given = ir.named_arguments(layers)
     h = given["x"]
-    if _name(h) not in (_ROOMY[0], _DENSE[0]) or set(h.users) != {layers}:
+    if ir.own_name(h) not in (_ROOMY[0], _DENSE[0]) or set(h.users) != {layers}:
         return False
     plain = not given["inputs"] and not given["need_inputs"] and not given["need_weights"]
     if not (plain and given["need_x"] and given["need_down"]):
@@ -73,9 +59,9 @@ def _unit_backward(h: fx.Node, dh: fx.Node | None) -> fx.Node | None:
     if dh is None or len(dh.users) != 1:
         return None
     (unit,) = dh.users
-    if (_name(h), _name(unit)) not in (_ROOMY, _DENSE):
+    if (ir.own_name(h), ir.own_name(unit)) not in (_ROOMY, _DENSE):
         return None
-    forward, backward = _arguments(h), _arguments(unit)
+    forward, backward = ir.named_arguments(h), ir.named_arguments(unit)
     if not str(forward["activation"]).isidentifier():
         return None  # of an activation in text, sums may be contracted otherwise beside the slope
     shared = ("gate_up", "activation", "gate_first", "interleaved")
@@ -88,7 +74,11 @@ def _unit_backward(h: fx.Node, dh: fx.Node | None) -> fx.Node | None:
 def _replace(
     graph: fx.Graph, layers: fx.Node, results: dict[Any, fx.Node], h: fx.Node, unit: fx.Node
 ) -> None:
-    given, forward, backward = _arguments(layers), _arguments(h), _arguments(unit)
+    given, forward, backward = (
+        ir.named_arguments(layers),
+        ir.named_arguments(h),
+        ir.named_arguments(unit),
+    )
     whole = layers.meta["val"]
     value = (unit.meta["val"], *(whole[i] for i in (_DBIASES, _DDOWN, _DUP)))
     with graph.inserting_before(layers):
