@@ -92,7 +92,7 @@ def _replace(
                 given["need_biases"], given["need_down"], given["need_up"],
             ),
         )  # fmt: skip
-        new.meta = {**layers.meta, "val": value}
+        ir.describe(new, layers, value)
         dgate_up = graph.call_function(operator.getitem, (new, 0))
         dgate_up.meta = dict(unit.meta)
     unit.replace_all_uses_with(dgate_up)

@@ -308,3 +308,10 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
     target: Any = node.target
     names = [a.name for a in target._schema.arguments]
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def describe(node: fx.Node, like: fx.Node, result: Any) -> None:
+    """Say of a new call what is known of ``like``, its own value, and its own arguments' values."""
+    node.meta = {**like.meta, "val": result}
+    if node.meta.pop("eager_input_vals", None) is not None:  # Inductor keeps to their strides
+        node.meta["eager_input_vals"] = fx.node.map_arg((node.args, node.kwargs), value)

@@ -80,7 +80,7 @@ def _replace(graph: fx.Graph, total: fx.Node, norm: fx.Node, other: fx.Node) -> 
                 given["cast"], True, False, given["need_weight"],
             ),
         )  # fmt: skip
-        new.meta = dict(norm.meta)
+        ir.describe(new, norm, norm.meta["val"])
         results = {n.args[1]: n for n in norm.users}
         for at, node in results.items():
             made = graph.call_function(operator.getitem, (new, at))

@@ -19,10 +19,7 @@ from fusewright.kernels import room
 
 
 def stepped(
-    build: Callable[[], Any],
-    monkeypatch: pytest.MonkeyPatch,
-    rewrite: bool = True,
-    lowering: str = "fx",
+    build: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, rewrite: bool = True
 ) -> tuple[Any, list[Counter[str]]]:
     """A training step, and the ops of every backward half that was made."""
     halves: list[Counter[str]] = []
@@ -38,7 +35,7 @@ def stepped(
         patch.setattr(partition.gated_backward, "join", join if rewrite else lambda half: 0)
         patch.setattr(partition.residual_backward, "fold", folded)
         torch.manual_seed(0)
-        model = fusewright.optimize(build(), lowering=lowering, strict=True)
+        model = fusewright.optimize(build(), lowering="fx", strict=True)
         return training.train_step(model, models.batch(), seed=3), halves
 
 
@@ -65,7 +62,10 @@ def test_no_gated_unit_runs_again_and_no_sum_is_left(
         assert ops["lora_glu_backward"] == 1
         assert not [op for op in ops if op.startswith("glu_packed")], ops
         assert not ops["aten.add.Tensor"], ops
-    assert sum(ops["add_rms_norm_backward"] == 2 for ops in halves) >= 1  # the first block has one
+    norms = ("add_rms_norm_backward", "add_rms_norm_roomy_backward")
+    assert any(
+        sum(ops[n] for n in norms) == 2 for ops in halves
+    )  # of a block whose input is trained
     wanted, before = stepped(lora(), monkeypatch, rewrite=False)
     assert all(any(op.startswith("glu_packed") for op in ops) for ops in before)
     assert any(ops["aten.add.Tensor"] for ops in before)
@@ -85,16 +85,6 @@ def test_graphs_of_other_kinds_are_left_or_stay_right(
     assert torch.equal(step.loss, wanted.loss)
     for key, grad in wanted.grads.items():
         assert torch.equal(step.grads[key], grad), key
-
-
-def test_inductor_takes_the_same_rewrites(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor import config
-
-    with config.patch(force_disable_caches=True):
-        step, halves = stepped(lora(), monkeypatch, lowering="inductor")
-    assert all(ops["lora_glu_backward"] == 1 and not ops["aten.add.Tensor"] for ops in halves)
-    wanted, _ = stepped(lora(), monkeypatch)
-    training.assert_same_step(step, wanted)
 
 
 def norm_graph(read_early: bool, scaled: bool) -> fx.GraphModule:
