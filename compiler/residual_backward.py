@@ -61,7 +61,7 @@ def _norm_of(dx: Any, total: fx.Node) -> fx.Node | None:
 
 def _fits(other: Any, total: fx.Node, norm: fx.Node) -> bool:
     """Whether the other operand is a gradient of the same kind as the norm's."""
-    if not ir.is_tensor(other):
+    if not isinstance(other, fx.Node) or not ir.is_tensor(other):
         return False
     given = ir.named_arguments(norm)
     x, d, whole = (ir.value(n) for n in (given["x"], other, total))
@@ -70,7 +70,7 @@ def _fits(other: Any, total: fx.Node, norm: fx.Node) -> bool:
     return tuple(d.shape) == tuple(x.shape) == tuple(whole.shape) and d.device == x.device
 
 
-def _replace(graph: fx.Graph, total: fx.Node, norm: fx.Node, other: fx.Node) -> None:
+def _replace(graph: fx.Graph, total: fx.Node, norm: fx.Node, other: Any) -> None:
     given = ir.named_arguments(norm)
     with graph.inserting_before(total):
         new = graph.call_function(
