@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fusewright.kernels import early
 from fusewright.kernels.launch import HAS_TRITON
 from fusewright.kernels.recording import Launch, Request, recorder
 
@@ -94,6 +95,8 @@ class Launcher:
         key = (index, *dtypes, *numbers, *constants, warps)
         compiled = self._known.get(key)
         if compiled is None or bits & 15 or hooked():
+            if early.under_way():
+                early.wait()
             launched = self.kernel[grid](
                 *tensors, *numbers, *constants, num_warps=warps, **self._options
             )  # fmt: skip

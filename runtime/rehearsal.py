@@ -22,7 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.kernels import catalogue
+from fusewright.kernels.early import Kernel, Pointer, start
 from fusewright.kernels.recording import Request, recorder
+
+__all__ = ["Rehearsal", "hosts", "start"]
 
 log = logging.getLogger("fusewright")
 Hosts = dict[str, Callable[..., Any]]
@@ -50,28 +53,25 @@ class Rehearsal:
     """
 
     def __init__(self, functions: Hosts | None = None) -> None:
-        self.requests: list[Request] = []
+        self.kernels: list[Kernel] = []
         self.failures: list[str] = []
         self._hosts = hosts() if functions is None else functions
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._bases: dict[int, int] = {}
         self._kept: list[torch.Tensor] = []
 
-    def stand_in(self, real: torch.Tensor, sizes: Sequence[int] | None = None) -> torch.Tensor:
-        """A fake tensor that is taken to lie where ``real`` does; a leaf.
-
-        With ``sizes`` it is a dense one of another shape, somewhere.
-        """
-        with self._mode:
-            if sizes is not None:
-                fake = torch.empty(tuple(sizes), dtype=real.dtype, device=real.device)
-            else:
-                fake = self._mode.from_tensor(real.detach(), static_shapes=True)
-        if sizes is None and not isinstance(real, FakeTensor):
-            place = real.data_ptr() - real.storage_offset() * real.element_size()
-            self._bases[fake.untyped_storage()._cdata] = place
+    def stand_in(self, real: torch.Tensor) -> torch.Tensor:
+        """A fake leaf that is taken to lie where ``real`` does."""
+        fake = self._mode.from_tensor(real.detach(), static_shapes=True)
+        place = real.data_ptr() - real.storage_offset() * real.element_size()
+        self._bases[fake.untyped_storage()._cdata] = place
         self._kept.append(fake)
         return fake.requires_grad_(real.requires_grad)
+
+    def copy(self, real: torch.Tensor) -> torch.Tensor:
+        """A fake leaf that wants a gradient, as ``real.clone()`` would be."""
+        with self._mode, torch.no_grad():
+            return self.stand_in(real).clone().requires_grad_()
 
     def address(self, t: torch.Tensor) -> int:
         """Where the tensor lies, for stand-ins where theirs does, for others anywhere of their own."""
@@ -104,7 +104,13 @@ class Rehearsal:
                 # It read a value, or asked for something that fake tensors lack: compiled when it runs.
                 self.failures.append(f"{name}: {type(error).__name__}: {error}")
                 log.debug("rehearsal of %s", name, exc_info=True)
-        self.requests += [step for step in steps if isinstance(step, Request)]
+        self.kernels += [self._kernel(step) for step in steps if isinstance(step, Request)]
+
+    def _kernel(self, request: Request) -> Kernel:
+        pointers = [
+            None if t is None else Pointer(t.dtype, self.address(t)) for t in request.tensors
+        ]
+        return Kernel(request.kernel, (*pointers, *request.rest), request.options)
 
     @contextmanager
     def _rehearsing(self) -> Any:
