@@ -8,6 +8,7 @@ three, since float64 would draw other masks.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import fx
 from fusewright.compiler import ir
 from fusewright.compiler.records import Verdict
 
+log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 _LARGEST = 48
@@ -77,15 +79,23 @@ def verify(
         exact = _run(_Float64(plain or canonical), cut, torch.float64, kept)
     except NotVerifiable as reason:
         return Verdict(reason=str(reason))
-    except Exception as error:  # other libraries' operators refuse float64 in errors of any kind
+    except IndexError:
+        raise  # a label or an id out of range, of which eager says the same
+    except Exception as error:
+        # Other libraries' operators refuse float64 in errors of any kind.
+        log.debug("float64", exc_info=True)
         return Verdict(reason=f"the region does not run in float64: {_brief(error)}")
     try:
         eager = _run(Quiet(canonical), cut, None, kept)
     except Exception as error:
+        # As above, by the cut sizes.
+        log.debug("captured", exc_info=True)
         return Verdict(reason=f"the region does not run on cut inputs: {_brief(error)}")
     try:
         ours = _run(Quiet(rewritten), cut, None, kept)
     except Exception as error:
+        # Whatever our part of it raises, the captured graph runs in its place.
+        log.debug("rewritten", exc_info=True)
         return Verdict(status="reverted", reason=f"the rewritten region failed: {_brief(error)}")
     coarsest = max((torch.finfo(v.dtype).eps for v, _ in cut if _is_floating(v)), default=0.0)
     return _judge(exact, eager, ours, coarsest)
