@@ -92,19 +92,24 @@ class Rehearsal:
                     given, wanted, [torch.empty_like(r) for r in given], allow_unused=True
                 )
 
-    def call(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Note what the host function of an operator launches, if it has one."""
-        host = self._hosts.get(name)
+    def call(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Results of an operator's host function, whose launches are noted; else NotImplemented.
+
+        Not the operator's own fake results: how far their memory reaches is part of a host function's
+        choices, and no fake function says it.
+        """
+        out, host = NotImplemented, self._hosts.get(name)
         if host is None:
-            return
+            return out
         with self._rehearsing() as steps:
             try:
-                host(*args, **kwargs)
+                out = host(*args, **kwargs)
             except Exception as error:
                 # It read a value, or asked for something that fake tensors lack: compiled when it runs.
                 self.failures.append(f"{name}: {type(error).__name__}: {error}")
                 log.debug("rehearsal of %s", name, exc_info=True)
         self.kernels += [self._kernel(step) for step in steps if isinstance(step, Request)]
+        return out
 
     def _kernel(self, request: Request) -> Kernel:
         pointers = [
@@ -138,5 +143,5 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.rehearsal.call(func._schema.name, args, kwargs)
-        return func(*args, **kwargs)
+        out = self.rehearsal.call(func._schema.name, args, kwargs)
+        return func(*args, **kwargs) if out is NotImplemented else out
