@@ -62,6 +62,9 @@ def rehearse(
 
 
 def _stand_in(value: Any, rehearsal: Rehearsal) -> Any:
+    """A fake tensor for a tensor; for a symbolic number what it is now, without a guard on it."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value.node.hint
     return rehearsal.stand_in(value) if isinstance(value, torch.Tensor) else value
 
 
