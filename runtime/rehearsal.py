@@ -63,7 +63,7 @@ class Rehearsal:
     def stand_in(self, real: torch.Tensor) -> torch.Tensor:
         """A fake leaf that is taken to lie where ``real`` does."""
         fake = self._mode.from_tensor(real.detach(), static_shapes=True)
-        place = real.data_ptr() - real.storage_offset() * real.element_size()
+        place = real.data_ptr() - int(real.storage_offset()) * real.element_size()
         self._bases[fake.untyped_storage()._cdata] = place
         self._kept.append(fake)
         return fake.requires_grad_(real.requires_grad)
@@ -77,7 +77,7 @@ class Rehearsal:
         """Where the tensor lies, for stand-ins where theirs does, for others anywhere of their own."""
         if not isinstance(t, FakeTensor):
             return t.data_ptr()
-        storage = t.untyped_storage()._cdata
+        storage: int = t.untyped_storage()._cdata
         base = self._bases.get(storage, storage * _APART)
         return base + int(t.storage_offset()) * t.element_size()
 
@@ -119,7 +119,8 @@ class Rehearsal:
 
     @contextmanager
     def _rehearsing(self) -> Any:
-        recorder.steps, recorder.rehearsing = steps, _ = [], True
+        steps: list[Any] = []
+        recorder.steps, recorder.rehearsing = steps, True
         recorder.address, recorder.reinterpret = self.address, _reinterpret
         try:
             yield steps
