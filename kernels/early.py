@@ -103,7 +103,7 @@ def _compile(kernels: Sequence[Kernel], device: torch.device) -> None:
                     made.append(
                         kernel.function.warmup(*kernel.arguments, grid=(1, 1), **kernel.options)
                     )
-                except Exception:
+                except Exception:  # of any kind: the launch meets it again
                     log.debug("%s was not compiled early", kernel.function, exc_info=True)
         list(pool.map(_load, made))
 
@@ -123,7 +123,7 @@ def _load(made: Any) -> None:
         kernel = made.result() if hasattr(made, "result") else made
         if torch.cuda.is_available():
             kernel.run  # noqa: B018  a property that loads
-    except Exception:
+    except Exception:  # of any kind: the launch meets it again
         log.debug("a kernel was not loaded early", exc_info=True)
 
 
