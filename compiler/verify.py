@@ -31,7 +31,7 @@ class NotVerifiable(Exception):
     """The region cannot be run in float64 or cut down; the message says why."""
 
 
-class _Quiet(fx.Interpreter):
+class Quiet(fx.Interpreter):
     """Runs a graph with dropout off."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -42,7 +42,7 @@ class _Quiet(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-class _Float64(_Quiet):
+class _Float64(Quiet):
     """Runs a graph in float64: floating casts and dtypes are widened."""
 
     def run_node(self, node: fx.Node) -> Any:
@@ -74,7 +74,7 @@ def verify(
     ``plain`` is the captured graph in operators that run in float64, where it has others.
     """
     try:
-        cut = _cut(canonical, args)
+        cut = cut_inputs(canonical, args)
         kept = _kept(canonical, rewritten)
         exact = _run(_Float64(plain or canonical), cut, torch.float64, kept)
     except NotVerifiable as reason:
@@ -86,13 +86,13 @@ def verify(
         log.debug("float64", exc_info=True)
         return Verdict(reason=f"the region does not run in float64: {_brief(error)}")
     try:
-        eager = _run(_Quiet(canonical), cut, None, kept)
+        eager = _run(Quiet(canonical), cut, None, kept)
     except Exception as error:
         # As above, by the cut sizes.
         log.debug("captured", exc_info=True)
         return Verdict(reason=f"the region does not run on cut inputs: {_brief(error)}")
     try:
-        ours = _run(_Quiet(rewritten), cut, None, kept)
+        ours = _run(Quiet(rewritten), cut, None, kept)
     except Exception as error:
         # Whatever our part of it raises, the captured graph runs in its place.
         log.debug("rewritten", exc_info=True)
@@ -110,8 +110,8 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def _cut(graph: fx.GraphModule, args: Sequence[Any]) -> list[Any]:
-    """The real inputs, cut to a few rows along every symbolic size."""
+def cut_inputs(graph: fx.GraphModule, args: Sequence[Any]) -> list[tuple[Any, bool]]:
+    """The real inputs, cut to a few rows along every symbolic size, and whether each wants a gradient."""
     placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
     sizes: dict[Any, int] = {}
     for node, real in zip(placeholders, args, strict=True):
