@@ -118,13 +118,12 @@ def _region_forward(cls: type[nn.Module], backend: Backend, session: Session) ->
         price = session.memory.price(self, session.paths.get(self, "?"), (args, kwargs))
         if price not in ways:
             ways[price] = compiled_forward(inner, backend)
-        if price != 0:
-            return session.call(backend.kind, self, ways[price], args, kwargs)
 
         def run(*args: Any) -> Any:
             return session.call(backend.kind, self, ways[price], args, kwargs)
 
-        return checkpoint(run, *args, use_reentrant=False)
+        with session.memory.around(session.paths.get(self, "?"), self, (args, kwargs)):
+            return run(*args) if price != 0 else checkpoint(run, *args, use_reentrant=False)
 
     return forward
 
