@@ -105,7 +105,8 @@ def attach(run: Callable[..., Any], deferred: Deferred) -> Callable[..., Any]:
         leaves = tuple(results[len(results) - deferred.leaves :])
         results = results[: len(results) - deferred.leaves]
         sizes = [s if isinstance(s, int) else leaves[s[0]].shape[s[1]] for s in deferred.shape]
-        results[deferred.index] = LazyLogits(deferred.compute, leaves, sizes, deferred.dtype)
+        lazy = LazyLogits(deferred.compute, leaves, sizes, deferred.dtype)
+        results[deferred.index] = lazy.connected()
         return tuple(results)
 
     return with_lazy

@@ -61,6 +61,43 @@ _CASTS = {
 }
 
 
+def _computed(
+    compute: Callable[..., torch.Tensor], casts: Sequence[torch.dtype], leaves: Sequence[Any]
+) -> torch.Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        made = compute(*leaves)
+        for dtype in casts:
+            made = made.to(dtype)
+    return made
+
+
+class _Connected(torch.autograd.Function):
+    """A lazy tensor as autograd's: whoever takes it past ``__torch_function__``, as another
+    ``autograd.Function`` does, sends its gradient here."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: list[LazyLogits], *leaves: Any) -> torch.Tensor:
+        tensors = [t if isinstance(t, torch.Tensor) else None for t in leaves]
+        ctx.save_for_backward(*tensors)
+        ctx.others = [None if isinstance(t, torch.Tensor) else t for t in leaves]
+        ctx.compute, ctx.casts = lazy[0]._compute, lazy[0]._casts  # not the tensor: that is a cycle
+        return lazy[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dlogits: torch.Tensor) -> Any:
+        wanted = ctx.needs_input_grad[1:]
+        leaves = [
+            other if t is None else t.detach().requires_grad_(w)
+            for t, other, w in zip(ctx.saved_tensors, ctx.others, wanted, strict=True)
+        ]
+        with torch.enable_grad():
+            made = _computed(ctx.compute, ctx.casts, leaves)
+        sources = [t for t, w in zip(leaves, wanted, strict=True) if w]
+        grads = iter(torch.autograd.grad(made, sources, dlogits, allow_unused=True))
+        return None, *(next(grads) if w else None for w in wanted)
+
+
 class LazyLogits(torch.Tensor):
     """A tensor that is computed when it is first used.
 
@@ -125,16 +162,21 @@ class LazyLogits(torch.Tensor):
         leaves = self._leaves
         if not self._attached:
             leaves = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in leaves)
-        with torch._C.DisableTorchFunctionSubclass():
-            known = self._compute(*leaves)
-            for dtype in self._casts:
-                known = known.to(dtype)
-            self._known = known
+        self._known = _computed(self._compute, self._casts, leaves)
         return self._known
+
+    def connected(self) -> LazyLogits:
+        """This tensor with a history in autograd, if it is attached and gradients are recorded."""
+        needed = any(isinstance(t, torch.Tensor) and t.requires_grad for t in self._leaves)
+        if not (self._attached and needed and torch.is_grad_enabled()):
+            return self
+        lazy: LazyLogits = _Connected.apply([self], *self._leaves)
+        return lazy
 
     def _derive(self, dtype: torch.dtype, attached: bool) -> LazyLogits:
         casts = self._casts if dtype == self.dtype else (*self._casts, dtype)
-        return LazyLogits(self._compute, self._leaves, self._sizes, dtype, attached, casts)
+        made = LazyLogits(self._compute, self._leaves, self._sizes, dtype, attached, casts)
+        return made.connected()
 
     @property
     def materialized(self) -> bool:
