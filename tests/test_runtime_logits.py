@@ -21,11 +21,11 @@ F = nn.functional
 Use = Callable[[torch.Tensor], Any]
 
 
-@pytest.fixture(scope="module")
-def both() -> tuple[Any, Any]:
+@pytest.fixture(scope="module", params=["lazy", "chunked"])
+def both(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """(optimised, eager), with a softcap on the logits."""
     eager = models.build("gemma2")
-    return fusewright.optimize(models.twin(eager), lowering="fx"), eager
+    return fusewright.optimize(models.twin(eager), lowering="fx", logits=request.param), eager
 
 
 def _reloaded(x: torch.Tensor) -> torch.Tensor:
