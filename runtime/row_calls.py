@@ -169,6 +169,22 @@ def _number(function: Any) -> Handler:
     return handler
 
 
+def _all_of_them(function: Any) -> Handler:
+    """Of each row, or of everything: then in float32, and rounded once, as torch does."""
+    by_row = _number(function)
+
+    def total(rows: torch.Tensor) -> tuple[torch.Tensor]:
+        return (rows.sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32)),)
+
+    def handler(t: RowLogits, dim: Any = None, keepdim: bool = False) -> Any:
+        if dim is not None:
+            return by_row(t, dim, keepdim)
+        found = t.row_answer(total)[0].sum()
+        return (found if function is torch.sum else found / t.numel()).to(t.dtype)
+
+    return handler
+
+
 def _largest(t: RowLogits, dim: Any, keepdim: bool = False) -> Any:
     if not _classes(t, dim):
         return None
@@ -247,8 +263,8 @@ _HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys(_both("softmax"), _softmax(_probabilities)),
     **{f: _by_entry(f) for f in _both(*_UNARY, *_BINARY, *_SIGNED)},
     **dict.fromkeys(_both("logsumexp"), _number(torch.logsumexp)),
-    **dict.fromkeys(_both("sum"), _number(torch.sum)),
-    **dict.fromkeys(_both("mean"), _number(torch.mean)),
+    **dict.fromkeys(_both("sum"), _all_of_them(torch.sum)),
+    **dict.fromkeys(_both("mean"), _all_of_them(torch.mean)),
     **dict.fromkeys(_both("amax"), _number(torch.amax)),
     **dict.fromkeys(_both("argmax"), _number(torch.argmax)),
     **dict.fromkeys(_both("max"), _largest),

@@ -75,6 +75,7 @@ ASKED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "last token": lambda z: z[:, -1].softmax(-1).topk(2).values,
     "by hand": lambda z: (1 - 2 * z).exp().sum(-1).log(),
     "largest": lambda z: z.argmax(-1).double() * z.amax(-1),
+    "metric": lambda z: z[:2].mean() + z.sum(),
     "unbound": lambda z: torch.stack([r.narrow(0, 1, 2).logsumexp(-1) for r in z.unbind(1)[3:9]]),
     "wider": lambda z: z.float().double().log_softmax(-1).mean(-1, keepdim=True),
     "detached": lambda z: z.logsumexp(-1) * z.detach().softmax(-1).amax(-1),
@@ -101,7 +102,8 @@ WHOLE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gather ": lambda z: z.gather(1, IDS[:, :1, None].expand(B, 1, V) % T),
     "logsumexp": lambda z: z.logsumexp(1),
     "mul": lambda z: z * z[:1],
-    "sum": lambda z: z.sum(),
+    "std": lambda z: z.std(),
+    "max": lambda z: z.max(),
     "flatten": lambda z: z.flatten(),
     "__getitem__": lambda z: z[..., 3:7],
     "cross_entropy": lambda z: F.cross_entropy(z.transpose(1, 2), IDS),
@@ -180,11 +182,9 @@ def test_a_model_without_labels(name: str) -> None:
         model.zero_grad()
         if model is ours:
             assert not z.materialized and not fusewright.report(ours).notes
-            z.sum()
+            z.std()
             (note,) = fusewright.report(ours).notes
-            assert (
-                note == "the logits were computed as a whole: this form of sum is not one of rows"
-            )
+            assert note == "the logits were computed as a whole: std reads all of them"
     training.assert_same_step(*steps)
     torch.testing.assert_close(*entropies, rtol=1e-5, atol=1e-5)
     batch = models.batch()
@@ -193,13 +193,22 @@ def test_a_model_without_labels(name: str) -> None:
 
 
 def test_weights_that_have_changed() -> None:
-    ours = fusewright.optimize(models.build("llama"), lowering="fx", logits="chunked")
-    loss, _, z = _preference(ours)
-    loss.backward()
-    torch.optim.SGD(ours.parameters(), lr=0.1).step()
-    for read in (lambda: z.argmax(-1), lambda: z[:, -1], lambda: z.sum()):
+    leaves = _leaves()
+    z = logits(Rows(*leaves, _softcap, F64), print)
+    taken = z[:, 1:]
+    loss = taken.logsumexp(-1).sum()
+    with torch.no_grad():
+        leaves[1].mul_(2)
+    for late in (
+        lambda: z.argmax(-1),
+        lambda: z[:, -1],
+        lambda: z.std(),
+        lambda: taken.log_softmax(-1),
+    ):
         with pytest.raises(RuntimeError, match='logits="eager"'):
-            read()
+            late()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def _peak(step: Callable[[], Any]) -> int:
