@@ -1,39 +1,49 @@
 """A layer's seven linears with LoRA on a GPU, forward and backward, over the bare frozen GEMMs.
 
-    python bench/bench_lora.py OUT.json [--quick]
+    python bench/bench_lora.py OUT.json [--budget SECONDS] [--quick | --dry]
 
-Contenders, each a CUDA graph of one layer's forward and backward, replayed in turn, medians:
+Kernels are compiled in many processes at once, then everything is timed in one. Contenders, each a CUDA graph of one layer's forward and backward, replayed in turn, medians:
 ``base`` the seven frozen GEMMs and their dX alone; ``peft`` PEFT's own formula under autograd;
 ``addmm`` hand-written products with addmm_ epilogues, as hand-written LoRA kernels do it; ``ours`` the
-registered op, with producers that leave room. The table is printed last.
+registered op, with producers that leave room. The table is printed last, the JSON written after every
+row; what the budget has no room for is named. ``--dry`` makes every step at tiny shapes, without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
+import place
 import torch
 import torch.nn.functional as F
 from roofline import table
 
-from fusewright.kernels import lora, room
+from fusewright.kernels import lora, lora_products, room, thin
 from fusewright.kernels.lora_group import Group, plan
 from fusewright.runtime.op import register_all
 
 # hidden, query heads' width, key and value heads' width, intermediate
 SHAPES = {"1B": (2048, 2048, 512, 8192), "8B": (4096, 4096, 1024, 14336),
-          "70B": (8192, 8192, 1024, 28672)}  # fmt: skip
+          "70B": (8192, 8192, 1024, 28672), "dry": (128, 128, 64, 256)}  # fmt: skip
+MODELS = ("1B", "8B", "70B")
 WANTED = {("1B", 16): 1.10, ("1B", 64): 1.18, ("8B", 16): 1.06, ("8B", 64): 1.12,
           ("70B", 16): 1.06, ("70B", 64): 1.12}  # fmt: skip
 COLUMNS = ["shape", "rows", "r", "adapters", "base ms", "peft", "addmm", "ours", "wanted"]
 SCALE = 1.0
 Run = Callable[[], Any]
+Setting = tuple[str, int, int, torch.dtype]  # shape, rows, rank, dtype of the adapters
+
+if not place.ON_GPU:  # the interpreter stands for the GPU
+    lora_products._multiply = thin.thin
 
 
 class Layers(NamedTuple):
@@ -74,7 +84,7 @@ class Case:
         """Random inputs, scaled like a trained layer's."""
 
         def normal(*extent: int, scale: float = 1.0, dtype: torch.dtype = base) -> torch.Tensor:
-            return torch.empty(extent, dtype=dtype, device="cuda").normal_(0, scale)
+            return torch.empty(extent, dtype=dtype, device=place.DEVICE).normal_(0, scale)
 
         x = normal(rows, kind.width)
         dys = [normal(rows, h) for h in kind.heights]
@@ -146,59 +156,81 @@ class Case:
         return run
 
 
-def errors() -> list[dict[str, Any]]:
-    """Mean relative error of y, dx, dA, dB against float64: ours with and without room, and PEFT's."""
-    rows = []
-    kinds = [Layers((512, 256, 256), 1024, True, False), Layers((2048, 2048), 1024, True, True),
-             Layers((1024,), 4096, False, False)]  # fmt: skip
-    for base, adapters in ((torch.bfloat16,) * 2, (torch.bfloat16, torch.float32),
-                           (torch.float16,) * 2, (torch.float32,) * 2):  # fmt: skip
-        for kind in kinds:
-            case = Case.make(kind, 1000, 16, base, adapters)
-            wide = Case(kind, *([t.double() for t in g] if isinstance(g, list) else g.double()
-                                for g in list(vars(case).values())[1:]))  # fmt: skip
-            exact = wide.peft()
-            found = {"peft": case.peft(), "room": case.ours()(), "plain": case.ours(False)()}
-            names = ["y"] * len(kind.heights) + ["dx"] + ["dA"] * len(kind.heights)
-            names += ["dB"] * len(kind.heights)
-            row: dict[str, Any] = {"base": str(base)[6:], "adapters": str(adapters)[6:],
-                                   "layers": f"{kind.heights} x {kind.width}"}  # fmt: skip
-            for which, got in found.items():
-                for name in ("y", "dx", "dA", "dB"):
-                    parts = [float((g.double() - e).norm() / e.norm())
-                             for g, e, m in zip(got, exact, names, strict=True) if m == name]  # fmt: skip
-                    row[f"{which} {name}"] = sum(parts) / len(parts)
-            row["ok"] = all(row[f"room {n}"] <= 1.02 * row[f"peft {n}"] for n in
-                            ("y", "dx", "dA", "dB"))  # fmt: skip
-            rows.append(row)
-    return rows
+def settings(quick: bool, dry: bool) -> list[Setting]:
+    """What is measured, in this order."""
+    half, single = torch.bfloat16, torch.float32
+    if dry:
+        return [("dry", 64, r, t) for r in (8, 20) for t in (half, single)]
+    if quick:
+        return [("1B", 8192, 16, half), ("8B", 4096, 16, half), ("8B", 4096, 64, half),
+                ("8B", 4096, 16, single)]  # fmt: skip
+    found = [(s, t, r, half) for s in MODELS for t in (4096, 8192) for r in (16, 64)]
+    return found + [(s, 4096, 16, single) for s in MODELS]
 
 
-def graph(run: Run) -> Run:
-    """Replay of the run as a CUDA graph."""
+def _compile(jobs: list[tuple[Setting, int]]) -> None:
+    register_all()
+    for (shape, rows, rank, adapters), at in jobs:
+        Case.make(layers(shape)[at], rows, rank, torch.bfloat16, adapters).ours()()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def in_processes(function: Callable[[list[Any]], Any], jobs: Iterable[Any]) -> None:
+    """Compile into Triton's cache in as many processes as there are cores."""
+    found = list(jobs)
+    count = max(1, min(16, (os.cpu_count() or 2) - 1, len(found)))
+    with ProcessPoolExecutor(count, get_context("spawn")) as pool:
+        list(pool.map(function, [found[i::count] for i in range(count)]))
+
+
+def graph(run: Run, pool: Any) -> Run:
+    """Replay of the run as a CUDA graph; nobody reads results, so graphs share one pool of memory."""
+    if not place.ON_GPU:
+        return run
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):
             run()
     torch.cuda.synchronize()
     made = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(made):
+    with torch.cuda.graph(made, pool=pool):
         run()
     return made.replay
 
 
+def pool_of_graphs() -> Any:
+    """A pool of memory for ``graph``."""
+    return torch.cuda.graph_pool_handle() if place.ON_GPU else None
+
+
+def _milliseconds(run: Run) -> float:
+    if not place.ON_GPU:
+        begun = time.perf_counter()
+        run()
+        return (time.perf_counter() - begun) * 1e3
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
 def interleaved(runs: dict[str, Run], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each, taken in turn."""
+    """Median milliseconds of each, taken in turn; the first two rounds do not count."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats + 2):
         for name, run in runs.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            times[name].append(begin.elapsed_time(end))
+            times[name].append(_milliseconds(run))
     return {name: statistics.median(found[2:]) for name, found in times.items()}
+
+
+def agree(run: Run, peft: Run) -> None:
+    """Refuse results that are not PEFT's but for rounding."""
+    for a, b in zip(run(), peft(), strict=True):
+        difference = float((a.float() - b.float()).norm() / b.float().norm())
+        assert difference < 0.02, f"ours and PEFT's differ by {difference}"
 
 
 def measure(
@@ -206,23 +238,25 @@ def measure(
 ) -> dict[str, Any]:
     """One layer of a model's shape: every contender over the bare GEMMs."""
     cases = [Case.make(k, rows, rank, torch.bfloat16, adapters) for k in layers(shape)]
-    ours = [c.ours() for c in cases]
+    ours, pool = [c.ours() for c in cases], pool_of_graphs()
+    for case, run in zip(cases, ours, strict=True):
+        agree(run, case.peft)
     with torch.no_grad():
         runs = {
-            "base": graph(lambda: [c.base() for c in cases]),
-            "addmm": graph(lambda: [c.addmm() for c in cases]),
-            "ours": graph(lambda: [run() for run in ours]),
+            "base": graph(lambda: [c.base() for c in cases], pool),
+            "addmm": graph(lambda: [c.addmm() for c in cases], pool),
+            "ours": graph(lambda: [run() for run in ours], pool),
         }
-        parts = {f"ours {i}": graph(run) for i, run in enumerate(ours)}
-        parts |= {f"base {i}": graph(c.base) for i, c in enumerate(cases)}
+        parts = {f"ours {i}": graph(run, pool) for i, run in enumerate(ours)}
+        parts |= {f"base {i}": graph(c.base, pool) for i, c in enumerate(cases)}
     with torch.enable_grad():
-        runs["peft"] = graph(lambda: [c.peft() for c in cases])
+        runs["peft"] = graph(lambda: [c.peft() for c in cases], pool)
     found = interleaved(runs, repeats)
-    each = interleaved(parts, max(5, repeats // 2))
+    each = interleaved(parts, -(-repeats // 2))
     row: dict[str, Any] = {"shape": shape, "rows": rows, "r": rank, "adapters": str(adapters)[6:],
                            "base ms": found["base"]}  # fmt: skip
     row |= {n: found[n] / found["base"] for n in ("peft", "addmm", "ours")}
-    row["wanted"] = WANTED[shape, rank]
+    row["wanted"] = WANTED.get((shape, rank))
     row["groups"] = {
         name: [each[f"base {i}"], each[f"ours {i}"]]
         for i, name in enumerate(("qkv", "o", "gate up", "down"))
@@ -233,7 +267,7 @@ def measure(
 def memory() -> list[dict[str, Any]]:
     """How much larger the weights are with room, of all linears of a layer."""
     out = []
-    for shape in SHAPES:
+    for shape in MODELS:
         for rank in (16, 64):
             plain = sum(sum(k.heights) * k.width for k in layers(shape))
             roomy = 0
@@ -248,30 +282,33 @@ def main() -> None:
     """Measure, write JSON, print tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out")
+    parser.add_argument("--budget", type=float, default=140.0, help="seconds, compilation included")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes, on whatever is here")
     options = parser.parse_args()
     begin = time.monotonic()
+    cases = settings(options.quick, options.dry)
+    if place.ON_GPU:
+        in_processes(_compile, [(case, at) for case in cases for at in range(4)])
+        print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
     register_all()
     torch.manual_seed(0)
     found: dict[str, Any] = {
         "command": "PYTHONPATH=src python bench/bench_lora.py OUT.json",
-        "device": torch.cuda.get_device_name(),
+        "device": place.name(),
         "torch": torch.__version__,
         "memory": memory(),
-        "errors": errors(),
         "rows": [],
     }
-    cases = [(s, t, r, torch.bfloat16) for s in SHAPES for t in (4096, 8192) for r in (16, 64)]
-    cases += [(s, 4096, 16, torch.float32) for s in SHAPES]
-    if options.quick:
-        cases = [("1B", 8192, 16, torch.bfloat16), ("8B", 4096, 16, torch.bfloat16),
-                 ("8B", 4096, 64, torch.bfloat16), ("8B", 4096, 16, torch.float32)]  # fmt: skip
     for case in cases:
-        found["rows"].append(measure(*case, repeats=12))
-        torch.cuda.empty_cache()
+        if time.monotonic() - begin > options.budget:
+            print("out of time before", *case)
+            continue
+        found["rows"].append(measure(*case, repeats=1 if options.dry else 12))
+        if place.ON_GPU:
+            torch.cuda.empty_cache()
         with open(options.out, "w") as file:
             json.dump(found, file, indent=1)
-    print(table(found["errors"], list(found["errors"][0])))
     for row in found["rows"]:
         parts = {k: f"{o / b:.3f}" for k, (b, o) in row["groups"].items()}
         print(row["shape"], row["rows"], row["r"], row["adapters"], parts)
