@@ -1,6 +1,6 @@
 """Thin products on a GPU: errors, share of the copy bandwidth, cuBLAS beside it, tiles around ours.
 
-    python bench/bench_thin.py OUT.json [--budget SECONDS] [--no-sweep]
+    python bench/bench_thin.py OUT.json [--budget SECONDS] [--no-sweep | --only-sweep]
 
 ``right`` is x A^T of siblings, ``left`` dA of siblings, ``both`` dy B and dB of siblings from one
 read of their dy, ``copy`` the same with dy copied into one buffer and dy B written behind it. The
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ DY_WIDTHS = ((2048,), (4096,), (8192,), (4096, 1024, 1024), (14336, 14336), (819
              (28672, 28672))  # fmt: skip
 RIGHT_TILES = (Tile(64, 128, 3, 4, 2), Tile(64, 128, 4, 4, 2), Tile(64, 64, 6, 4, 2),
                Tile(128, 64, 4, 4, 2), Tile(128, 128, 3, 8, 1), Tile(64, 256, 3, 8, 1),
-               Tile(64, 64, 4, 4, 4))  # fmt: skip
+               Tile(64, 64, 4, 4, 4), Tile(32, 128, 4, 4, 2), Tile(32, 256, 3, 4, 2),
+               Tile(64, 64, 4, 8, 1))  # fmt: skip
 LEFT_TILES = (Tile(64, 128, 4, 4, 2), Tile(64, 128, 3, 4, 3), Tile(128, 128, 3, 4, 2),
               Tile(64, 256, 3, 8, 2), Tile(64, 64, 6, 4, 2), Tile(64, 128, 4, 8, 2))  # fmt: skip
 BOTH_TILES = (Tile(64, 512, 3, 8, 1), Tile(64, 512, 2, 8, 1), Tile(64, 256, 3, 8, 2),
@@ -162,14 +164,22 @@ def cases() -> Iterator[Case]:
 
 
 def variants() -> Iterator[tuple[Case, Tile, int]]:
-    """(case, tile, slabs or parts; 0 as the plan has it) around what is chosen."""
-    for width, slots in ((4096, 3), (14336, 1)):
+    """(case, tile, slabs or parts; 0 as the plan has it) around what is chosen, at 1B and 8B shapes."""
+    wide = (
+        (2048, 3, 16),
+        (2048, 3, 64),
+        (4096, 3, 16),
+        (4096, 3, 64),
+        (8192, 1, 16),
+        (14336, 1, 16),
+    )
+    for width, slots, r in wide:
         for tile, parts in itertools.product(RIGHT_TILES, (0, 1, 2, 4)):
-            yield Case("right", 4096, (width,), slots, 16), tile, parts
+            yield Case("right", 4096, (width,), slots, r), tile, parts
         for tile, parts in itertools.product(LEFT_TILES, (0, 4, 8)):
-            yield Case("left", 4096, (width,), slots, 16), tile, parts
-    for widths in ((4096,), (4096, 1024, 1024), (14336, 14336)):
-        for tile, parts in itertools.product(BOTH_TILES, (0, 8, 16)):
+            yield Case("left", 4096, (width,), slots, r), tile, parts
+    for widths in ((2048,), (4096,), (8192, 8192), (14336, 14336)):
+        for tile, parts in itertools.product(BOTH_TILES, (0, 2, 8)):
             yield Case("both", 4096, widths, 1, 16), tile, parts
 
 
@@ -206,8 +216,10 @@ def measure(case: Case, copy: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def sweep(copy: float, deadline: float) -> list[dict[str, Any]]:
-    """The time of every variant, operands shared between the variants of one case."""
+def sweep(
+    copy: float, deadline: float, save: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """The time of every variant, operands shared between the variants of one case; saved per case."""
     rows: list[dict[str, Any]] = []
     for case, group in itertools.groupby(variants(), key=lambda v: v[0]):
         calls = itertools.cycle([case.ours() for _ in range(sets_for(case.bytes))])
@@ -226,6 +238,7 @@ def sweep(copy: float, deadline: float) -> list[dict[str, Any]]:
             row = {"us": ms * 1e3, "of_copy": case.bytes / ms / copy, "tile": name}
             found.append(case.label | row)
         rows += sorted(found, key=lambda row: row["us"])
+        save(rows)
     _use(None)
     return rows
 
@@ -245,16 +258,22 @@ def main() -> None:
     parser.add_argument("out")
     parser.add_argument("--budget", type=float, default=110.0)
     parser.add_argument("--no-sweep", action="store_true")
+    parser.add_argument("--only-sweep", action="store_true")
     options = parser.parse_args()
     begin = time.monotonic()
-    jobs: list[tuple[Case, Tile | None, int]] = [(c, None, 0) for c in cases()]
-    jobs += [] if options.no_sweep else list(variants())
+    table_of = [] if options.only_sweep else list(cases())
+    # Variants of one tile share kernels: one process compiles them.
+    jobs = [[(c, None, 0)] for c in table_of] + [
+        list(group)
+        for _, group in itertools.groupby([] if options.no_sweep else variants(), lambda v: v[:2])
+    ]
     workers = max(1, min(16, os.cpu_count() or 2))
-    with ProcessPoolExecutor(workers) as pool:
-        list(pool.map(_compile, [jobs[i::workers] for i in range(workers)]))
-    print(f"{len(jobs)} variants compiled in {time.monotonic() - begin:.0f} s", flush=True)
+    shares = [list(itertools.chain(*jobs[i::workers])) for i in range(workers)]
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        list(pool.map(_compile, shares))
+    print(f"{len(jobs)} tiles compiled in {time.monotonic() - begin:.0f} s", flush=True)
     copy, rows, tried = copy_bandwidth(), [], []
-    for case in cases():
+    for case in table_of:
         if time.monotonic() - begin > options.budget:
             print("out of time before", case)
             break
@@ -265,13 +284,18 @@ def main() -> None:
         "device": torch.cuda.get_device_name(), "copy_TB_per_s": copy / 1e9, "rows": rows,
         "host_us": host_microseconds(small),
     }  # fmt: skip
+
+    def save(tried: list[dict[str, Any]]) -> None:
+        with open(options.out, "w") as file:
+            json.dump(result | {"sweep": tried}, file)
+
+    save([])
     if not options.no_sweep:
-        tried = sweep(copy, begin + options.budget)
-    with open(options.out, "w") as file:
-        json.dump(result | {"sweep": tried}, file)
+        tried = sweep(copy, begin + options.budget, save)
     if tried:
         print(table(_best(tried), ["name", "shape", "r", "us", "of_copy", "tile"]))
-    print(table(rows, COLUMNS[:-1]))
+    if rows:
+        print(table(rows, COLUMNS[:-1]))
     print(f"copy {copy / 1e9:.3f} TB/s; host {result['host_us']:.0f} us a call of two launches; "
           f"{time.monotonic() - begin:.0f} s")  # fmt: skip
 

@@ -19,6 +19,7 @@ MOST_TERMS = 4  # of one launch
 SINGLE_RANK = 64  # of several terms in float32 arithmetic, whose sums do without tensor cores
 _ROOMY = 200000  # bytes of shared memory, from which on the tensor cores read their operands there
 _LAUNCH_BYTES = 8 * 2**20  # what the memory could move in the time of one more launch
+_COMPUTED_RANKS = 192  # from which on tensor cores, not the memory, decide how long a step takes
 
 
 class Term(NamedTuple):
@@ -217,10 +218,22 @@ def _fitting(tile: Tile, step: int, kept: int, limits: Limits) -> Tile | None:
     return None
 
 
-def split(tiles: int, steps: int, step_bytes: int, split_bytes: int, slots: int) -> int:
+def _enough(tile: Tile, ranks: int, limits: Limits) -> int:
+    """How many programs at a time are as fast as all that fit.
+
+    Three eighths saturate the memory, as measured; the more ranks, the more multiprocessors it takes
+    to make the products as fast as the memory delivers.
+    """
+    reading = limits.multiprocessors * tile.per_sm * 3 // 8
+    return max(reading, min(_COMPUTED_RANKS, ranks) * limits.multiprocessors // _COMPUTED_RANKS)
+
+
+def split(
+    tiles: int, steps: int, step_bytes: int, split_bytes: int, slots: int, enough: int
+) -> int:
     """Steps that one program takes, so that ``tiles`` chains of ``steps`` end soonest.
 
-    ``slots`` programs run at a time, and three eighths of them are enough to saturate the memory.
+    ``slots`` programs run at a time, ``enough`` of which are as fast as all.
     """
     least, best = float("inf"), steps
     for parts in range(1, min(steps, 64) + 1):
@@ -229,7 +242,7 @@ def split(tiles: int, steps: int, step_bytes: int, split_bytes: int, slots: int)
         full, rest = divmod(tiles * count, slots)
         cost = full * slots * each * step_bytes
         if rest:
-            cost += max(rest, slots * 3 // 8) * each * step_bytes
+            cost += max(rest, enough) * each * step_bytes
         cost += count * split_bytes + _LAUNCH_BYTES if count > 1 else 0
         if cost < least:
             least, best = cost, each
@@ -257,7 +270,8 @@ def right_cut(
     steps = sum(-(-w // tile.columns) for w in widths)
     step_bytes = tile.rows * tile.columns * item
     slots = limits.multiprocessors * tile.per_sm
-    each = split(tiles, steps, step_bytes, 8 * rows * ranks, slots)
+    enough = _enough(tile, ranks, limits)
+    each = split(tiles, steps, step_bytes, 8 * rows * ranks, slots, enough)
     slab = each * tile.columns
     firsts, slabs = _slabs(widths, slab)
     return Cut(
@@ -285,7 +299,8 @@ def left_cut(
     steps = -(-rows // tile.rows)
     step_bytes = tile.rows * tile.columns * item
     slots = limits.multiprocessors * tile.per_sm
-    each = split(slabs, steps, step_bytes, 8 * sum(widths) * ranks, slots)
+    enough = _enough(tile, ranks, limits)
+    each = split(slabs, steps, step_bytes, 8 * sum(widths) * ranks, slots, enough)
     parts = -(-steps // each)
     return Cut(
         tile.rows, tile.columns, tile.stages, tile.warps, tile.columns, each * tile.rows, firsts,

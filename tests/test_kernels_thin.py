@@ -11,7 +11,7 @@ from backends import Backend
 from launches import TARGETS, assert_no_spills, compile_launches
 from numerics import error
 
-from fusewright.kernels import thin_copies, thin_launch, thin_plan
+from fusewright.kernels import device, thin_copies, thin_launch, thin_plan
 from fusewright.kernels.thin import Copy, Result, Term, Wide, reference, thin
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -303,6 +303,16 @@ def test_passes_read_a_matrix_once_where_they_can() -> None:
         ((0, 1, 2), False, True),
     )
     assert len(thin_plan.passes((fact(0, 8, False),) * 5, 32)) == 2
+
+
+def test_many_ranks_take_more_multiprocessors() -> None:
+    limits = device.Limits(132, 232448, 32)
+
+    def programs(ranks: int) -> int:
+        return thin_plan.right_cut(4096, (2048,), ranks, 2, 2, 0, False, limits).programs
+
+    assert programs(64) == 64  # memory decides, and nothing has to be summed
+    assert programs(128) > 66 and programs(256) > 66  # tensor cores do, of 32 programs otherwise
 
 
 def test_bad_input_is_named(backend: Backend) -> None:
