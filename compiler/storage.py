@@ -8,6 +8,7 @@ the region is captured once more, since Dynamo guards on the strides it saw.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -108,12 +109,31 @@ def refusal(parameter: nn.Parameter, storage: Storage) -> str:
         return f"it is a {type(parameter).__name__} of {type(data).__name__}"
     if parameter.requires_grad:
         return "it is trained"
+    if hasattr(parameter, "ds_id"):
+        return "it lies in memory of DeepSpeed's, which takes it back after each use"
     if data.device.type == "meta":
         return "it has no memory yet"
     if storage.ours(data):
         return ""
     if data.untyped_storage().nbytes() != data.numel() * data.element_size():
         return "it is a part of somebody else's memory (sharded or flattened parameters)"
+    return ""
+
+
+def sharder(module: nn.Module) -> str:
+    """Who hands the module's parameters out in memory that it takes back; "" if nobody does.
+
+    While a module that FSDP2 shards runs, its parameters look like any others. Moved, they would not be
+    freed behind it, nor see what is gathered for the next step. A module around this one may shard it
+    too, which only the list of all such modules tells.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    states = sys.modules.get("torch.distributed._composable_state")
+    if fsdp is None or states is None:
+        return ""
+    for outer in list(states._module_state_mapping):
+        if isinstance(outer, fsdp.FSDPModule) and any(m is module for m in outer.modules()):
+            return "it lies in memory of FSDP's, which takes it back after each use"
     return ""
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fusewright.compiler.storage import Wish, densify, parameters, provide
+from fusewright.compiler.storage import Wish, densify, parameters, provide, sharder
 
 
 class _Place(NamedTuple):
@@ -71,11 +71,12 @@ class Stored:
 
     def _provide(self, module: nn.Module, path: str) -> None:
         places = []
+        shared = sharder(module)
         for paths, wish in self._wishes[type(module)].items():
             parts = parameters(module, paths)
             if parts is None:
                 continue
-            reason = provide(parts, wish.storage)
+            reason = shared or provide(parts, wish.storage)
             if reason:
                 self._refused.setdefault(module, set()).add(paths)
                 first = f"{path}.{paths[0]}"

@@ -9,6 +9,9 @@ import ranks
 
 def test_two_processes_train_as_in_eager() -> None:
     first, second = ranks.run(distributed_steps.every_case)
+    (notes,) = first.pop("notes").values()
+    layers = {n.split(" ")[1] for n in notes if "it lies in memory of FSDP's" in n}
+    assert len(layers) == 4 * models.LAYERS, notes  # one for each input that linears share
     for case, told in first.items():
         assert told["loss"] != second[case]["loss"], "each process has data of its own"
         wanted = models.expected_counts("llama")
