@@ -215,6 +215,17 @@ def test_weights_in_somebody_elses_memory_stay() -> None:
     assert len(moved(ours)) == 11  # all but the three that would lie together
 
 
+def test_weights_that_are_gathered_for_each_use_stay() -> None:
+    ours = adapted()
+    layer = ours.base_model.model.model.layers[1].mlp.down_proj.base_layer
+    layer.weight.ds_id = 7  # as ZeRO's third stage marks them
+    fusewright.optimize(ours, lowering="fx")
+    assert_same_losses(ours, adapted())
+    notes = fusewright.report(ours).notes
+    assert any("down_proj" in n and "memory of DeepSpeed's" in n for n in notes), notes
+    assert layer.weight not in set(moved(ours)) and len(moved(ours)) == 13
+
+
 def test_trained_weights_stay() -> None:
     ours, eager = adapted(), adapted()
     for model in (ours, eager):

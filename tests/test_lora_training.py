@@ -62,23 +62,29 @@ def test_a_small_model(served: bool, dropout: float, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.gpu
-def test_the_width_of_a_model_of_a_billion() -> None:
-    """Rows, widths and ranks of a 1B model, two layers of it, in IEEE float32."""
+@pytest.mark.parametrize(
+    ("layers", "vocab"),
+    [(2, 4096), pytest.param(16, 128256, marks=pytest.mark.alone)],
+    ids=["two layers", "whole"],
+)
+def test_a_model_of_a_billion(layers: int, vocab: int) -> None:
+    """Rows, widths and ranks of a 1B model, two layers of it or all, in IEEE float32."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     assert not torch.backends.cuda.matmul.allow_tf32
     config = LlamaConfig(
         hidden_size=2048,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=32,
         num_key_value_heads=8,
         head_dim=64,
         intermediate_size=8192,
-        vocab_size=4096,
+        vocab_size=vocab,
+        tie_word_embeddings=True,
         rms_norm_eps=1e-5,
     )
-    ids = torch.randint(10, 4096, (2, 1024), generator=torch.Generator().manual_seed(5)).cuda()
+    ids = torch.randint(10, vocab, (2, 1024), generator=torch.Generator().manual_seed(5)).cuda()
     batches = [{"input_ids": ids, "labels": ids}] * STEPS
     curves = []
     for optimized in (True, False):
@@ -92,5 +98,7 @@ def test_the_width_of_a_model_of_a_billion() -> None:
             fusewright.optimize(model, lowering="inductor")
         curves.append(losses(model, batches, rate=1e-3))
         if optimized:
-            assert adapted_layers(model) == 14
+            assert adapted_layers(model) == 7 * layers
+        del model
+        torch.cuda.empty_cache()
     assert_follows(*curves)

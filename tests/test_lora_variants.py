@@ -7,6 +7,7 @@ from typing import Any
 import models
 import peft
 import pytest
+import torch
 import training
 
 import fusewright
@@ -40,6 +41,8 @@ VARIANTS: dict[str, tuple[str, Any, int]] = {
         2,
     ),
 }
+# Adapters of embeddings and prompts work outside of the layers that are captured, and IA3's factor is no
+# map beside a linear one: the report has nothing to say of these.
 NO_BASE = "no linear layer's output is added to the adapter's"
 # name -> (why the report says that they stay as they are, of how many layers)
 REASONS = {
@@ -65,3 +68,24 @@ def test_it_trains_as_before(name: str) -> None:
     reason, count = REASONS.get(name, ("", 0))
     assert all(reason and reason in r.reason for r in missed)
     assert sum(r.count for r in missed) == count
+
+
+def test_an_adapter_on_another_device_is_refused_as_in_eager() -> None:
+    eager = models.with_lora(models.build("llama")).train()
+    ours = fusewright.optimize(models.twin(eager), lowering="fx")
+    batch = models.batch()
+    training.train_step(ours, batch)
+    kept = []
+    for model in (eager, ours):
+        layer = model.base_model.model.model.layers[1].mlp.up_proj
+        kept.append(layer.lora_A.default.weight.data)
+        layer.lora_A.default.weight = torch.nn.Parameter(kept[-1].to("meta"))
+        with pytest.raises(RuntimeError) as told:
+            model(**batch)
+        assert "meta" in str(told.value), told.value
+    for model, data in zip((eager, ours), kept, strict=True):
+        layer = model.base_model.model.model.layers[1].mlp.up_proj
+        layer.lora_A.default.weight = torch.nn.Parameter(data)
+        model.zero_grad()
+    training.assert_same_step(training.train_step(ours, batch), training.train_step(eager, batch))
+    assert not fusewright.report(ours).eager_now
