@@ -44,7 +44,7 @@ DY_WIDTHS = ((2048,), (4096,), (8192,), (4096, 1024, 1024), (14336, 14336), (819
              (28672, 28672))  # fmt: skip
 RIGHT_TILES = (Tile(64, 128, 3, 4, 2), Tile(64, 128, 4, 4, 2), Tile(64, 64, 6, 4, 2),
                Tile(128, 64, 4, 4, 2), Tile(128, 128, 3, 8, 1), Tile(64, 256, 3, 8, 1),
-               Tile(64, 64, 4, 4, 4), Tile(32, 128, 4, 4, 2), Tile(32, 256, 3, 4, 2),
+               Tile(32, 128, 4, 4, 2), Tile(32, 256, 3, 4, 2),
                Tile(64, 64, 4, 8, 1))  # fmt: skip
 LEFT_TILES = (Tile(64, 128, 4, 4, 2), Tile(64, 128, 3, 4, 3), Tile(128, 128, 3, 4, 2),
               Tile(64, 256, 3, 8, 2), Tile(64, 64, 6, 4, 2), Tile(64, 128, 4, 8, 2))  # fmt: skip
@@ -174,7 +174,7 @@ def variants() -> Iterator[tuple[Case, Tile, int]]:
         (14336, 1, 16),
     )
     for width, slots, r in wide:
-        for tile, parts in itertools.product(RIGHT_TILES, (0, 1, 2, 4)):
+        for tile, parts in itertools.product(RIGHT_TILES, (0, 1, 2)):
             yield Case("right", 4096, (width,), slots, r), tile, parts
         for tile, parts in itertools.product(LEFT_TILES, (0, 4, 8)):
             yield Case("left", 4096, (width,), slots, r), tile, parts
