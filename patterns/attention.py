@@ -37,6 +37,10 @@ _PRODUCTS = (
     aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default,
     aten.einsum.default,
 )  # fmt: skip
+_CHANGES = (
+    aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.detach.default, aten.mT.default,
+    aten.slice.Tensor,
+)  # fmt: skip
 _KEEP_ROWS = (*ir.IDENTITIES, aten.contiguous.default, aten.dropout.default)
 _LAYOUT_FREE = (
     aten.contiguous.default, aten.clone.default, aten.reshape.default, aten.flatten.using_ints,
@@ -93,8 +97,8 @@ def _weighs(node: fx.Node) -> bool:
     for user in node.users:
         if ir.is_call(user, *_PRODUCTS) and node in user.all_input_nodes:
             return True
-        passes = ir.is_cast(user) or ir.is_call(user, *_KEEP_ROWS, *ir.VIEWS, aten.slice.Tensor)
-        if passes and user.args[0] is node and _weighs(user):
+        passes = ir.is_cast(user) or ir.is_call(user, *_KEEP_ROWS, *ir.VIEWS, *_CHANGES)
+        if passes and node in user.args[:2] and _weighs(user):
             return True
     return False
 
@@ -152,6 +156,7 @@ def _climb(site: _Site) -> fx.Node:
             below, found = mask
             if ir.shape(below) != ir.shape(node):
                 raise Refused("the mask makes more scores than the product has")
+            site.nodes.update(a for a in node.all_input_nodes if ir.is_call(a, *_CONSTANTS))
             site.masks.append(found)
         elif ir.is_call(node, aten.mul.Tensor, aten.div.Tensor):
             below, factor = _scaling(node)
