@@ -20,6 +20,7 @@ from place import DEVICE
 FRESH_BYTES = 400 * 2**20  # several times the L2 cache of any GPU
 _SPIN_PER_SECOND = 2.2e9  # at least a GPU's clock
 _LONGEST_SPIN = 0.1
+_RAMP = 0.03  # seconds of work before the first timing: a GPU that waited has slower clocks
 
 Run = Callable[[], Any]
 Make = Callable[[], Run]
@@ -82,13 +83,14 @@ def fresh_milliseconds(make: Make, bytes_moved: int, replays: int = 7) -> float:
             for call in calls:
                 kept.append(call())
         times = []
-        for replay in range(replays + 2):
+        warm = time.perf_counter() + _RAMP
+        while len(times) < replays:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record(stream)
             graph.replay()
             end.record(stream)
             end.synchronize()
-            if replay >= 2:
+            if time.perf_counter() > warm:
                 times.append(begin.elapsed_time(end) / len(calls))
     del kept, graph, calls
     return statistics.median(times)

@@ -36,7 +36,7 @@ class Trainee:
         losses: the loss of every step so far, on the device.
     """
 
-    def __init__(self, work: Work, peer: str, device: str, saved: Path) -> None:
+    def __init__(self, work: Work, peer: str, device: str, saved: Path, rank: int = 16) -> None:
         torch.manual_seed(0)
         self.work, self.peer, self.device = work, peer, device
         self.amp = "amp" in peer.split(":")[0].split("+")
@@ -45,7 +45,7 @@ class Trainee:
             model = _unsloth(work, saved)
         else:
             _patch(name, work)
-            model = _adapted(_plain(work, device, name == "fp32"), work, self.amp)
+            model = _adapted(_plain(work, device, name == "fp32"), work, self.amp, rank)
         if work.mode != "full":
             _fill_adapters(model, random_b=work.name == "C")
         model.train()
@@ -124,14 +124,14 @@ def _plain(work: Work, device: str, float32: bool) -> Any:
     return model.float() if float32 else model
 
 
-def _adapted(model: Any, work: Work, amp: bool) -> Any:
+def _adapted(model: Any, work: Work, amp: bool, rank: int) -> Any:
     if work.mode == "qlora":
         _quantise(model)
     if work.mode != "full":
         from peft import LoraConfig, get_peft_model
 
         lora = LoraConfig(
-            r=16, lora_alpha=16, lora_dropout=0.0, target_modules=list(TARGETS),
+            r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=list(TARGETS),
             task_type="CAUSAL_LM",
         )  # fmt: skip
         model = get_peft_model(model, lora, autocast_adapter_dtype=amp)

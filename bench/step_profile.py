@@ -57,6 +57,20 @@ def busy(events: Sequence[Event]) -> int:
     return total
 
 
+def gaps(events: Sequence[Event]) -> list[list[Any]]:
+    """Where nothing runs for over 2 us: [kernel before, kernel after, milliseconds, times]."""
+    found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    end, before = None, ""
+    for start, duration, name in sorted(events):
+        if end is not None and start - end > 2000:
+            found[before[:60], name[:60]][0] += start - end
+            found[before[:60], name[:60]][1] += 1
+        if end is None or start + duration > end:
+            end, before = start + duration, name
+    ranked = sorted(found.items(), key=lambda item: -item[1][0])[: TOP // 2]
+    return [[a, b, round(ns / 1e6, 3), count] for (a, b), (ns, count) in ranked]
+
+
 def summary(events: Sequence[Event]) -> dict[str, Any]:
     """Milliseconds by class, busy time, launches, and the kernels that take the most time.
 
@@ -72,6 +86,8 @@ def summary(events: Sequence[Event]) -> dict[str, Any]:
     whole = sum(kinds.values()) or 1
     return {
         "busy_ms": round(busy(events) / 1e6, 3),
+        "span_ms": round((max(s + d for s, d, _ in events) - min(events)[0]) / 1e6, 3),
+        "gaps": gaps(events),
         "kernels": len(events),
         "launches": sum("memcpy" not in n.lower() and "memset" not in n.lower()
                         for _, _, n in events),

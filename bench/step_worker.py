@@ -8,6 +8,7 @@ The process imports first and then waits, so that many can import side by side.
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import logging
 import math
@@ -97,36 +98,36 @@ class Worker:
     def turn(self, steps: int, settle: int, release: bool) -> dict[str, Any]:
         """``settle`` steps that are not counted, ``steps`` that are; ``release`` frees the cache.
 
+        The steps follow one another as in training: the host waits for the device after the last.
         ``ms`` is the device's time by events, or the wall's on a CPU; ``issue_ms`` is what the host
         took to issue the step, waiting for room in the launch queue included.
         """
         cuda = self.torch.cuda
         for _ in range(settle):
             self.trainee.step()
-            self._wait()
-        if self.cuda:
-            cuda.reset_peak_memory_stats()
-        milliseconds, issued = [], []
-        for _ in range(steps):
-            if self.cuda:
-                begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-                started = time.perf_counter()
-                begin.record()
-                self.trainee.step()
-                end.record()
-                issued.append((time.perf_counter() - started) * 1e3)
-                cuda.synchronize()
-                milliseconds.append(begin.elapsed_time(end))
-            else:
-                started = time.perf_counter()
-                self.trainee.step()
-                milliseconds.append((time.perf_counter() - started) * 1e3)
+        if not self.cuda:
+            milliseconds = [self._timed_on_cpu() for _ in range(steps)]
+            return {"ms": milliseconds, "issue_ms": []} | self._losses()
+        cuda.reset_peak_memory_stats()
+        marks, issued = [cuda.Event(enable_timing=True) for _ in range(steps + 1)], []
+        marks[0].record()
+        for mark in marks[1:]:
+            started = time.perf_counter()
+            self.trainee.step()
+            mark.record()
+            issued.append((time.perf_counter() - started) * 1e3)
+        cuda.synchronize()
+        milliseconds = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
         out = {"ms": milliseconds, "issue_ms": issued} | self._losses()
-        if self.cuda:
-            out["peak_gib"] = cuda.max_memory_allocated() / 2**30
+        out["peak_gib"] = cuda.max_memory_allocated() / 2**30
         if release:
             cuda.empty_cache()
         return out
+
+    def _timed_on_cpu(self) -> float:
+        started = time.perf_counter()
+        self.trainee.step()
+        return (time.perf_counter() - started) * 1e3
 
     def memory(self) -> dict[str, Any]:
         """On a CPU: the peak of one step above what rests, by the profiler's record."""

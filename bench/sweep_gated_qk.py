@@ -19,6 +19,7 @@ import json
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import place
@@ -175,7 +176,7 @@ def main() -> None:
     if not options.dry:
         everyone = [job for group in groups for job in group]
         workers = max(1, min(16, os.cpu_count() or 2))
-        with ProcessPoolExecutor(workers) as pool:
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
             list(pool.map(_compile, [everyone[i::workers] for i in range(workers)]))
         print(f"{len(everyone)} variants compiled in {time.monotonic() - begin:.0f} s", flush=True)
     copy = copy_bandwidth()

@@ -293,3 +293,25 @@ def draws_in_vain(node: fx.Node) -> bool:
 def has_effect(node: fx.Node) -> bool:
     """Whether the call does more than yield a value: its place among others of the kind counts."""
     return is_random(node) or node.is_impure()
+
+
+def own_name(node: Any) -> str:
+    """The name of an op of ours, "" for anything else."""
+    target = getattr(node, "target", None)
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "fusewright":
+        return ""
+    return str(target._schema.name.partition("::")[2])
+
+
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call of an op of ours, by name; those ops have no defaults."""
+    target: Any = node.target
+    names = [a.name for a in target._schema.arguments]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def describe(node: fx.Node, like: fx.Node, result: Any) -> None:
+    """Say of a new call what is known of ``like``, its own value, and its own arguments' values."""
+    node.meta = {**like.meta, "val": result}
+    if node.meta.pop("eager_input_vals", None) is not None:  # Inductor keeps to their strides
+        node.meta["eager_input_vals"] = fx.node.map_arg((node.args, node.kwargs), value)

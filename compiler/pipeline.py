@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from fusewright.compiler import autocast, dump, ir, lazy, lower, rewrite, storage
+from fusewright.compiler.foresee import foresee
 from fusewright.compiler.match import Match, find
 from fusewright.compiler.normalize import NotNormalizable, drop_dead, normalize, simplify
 from fusewright.compiler.records import GraphBreak, GraphRecord, Verdict
@@ -89,10 +90,13 @@ def _compile(
     record.canonical, record.rewritten = canonical, rewritten
     if not record.matches:
         return _tracked(gm.forward, session, record)
+    verified = session.options.verify == "first_step"
+    with _timed(record, "foresee"):
+        record.foreseen = foresee(rewritten, canonical, example_inputs, verified, device)
     with _timed(record, "lower"):
         run = _lower(rewritten, example_inputs, session, record, device)
     run = run if deferred is None else lazy.attach(run, deferred)
-    if session.options.verify == "first_step":
+    if verified:
         plain = readable(canonical, session)
         run = _verified(run, (canonical, plain), rewritten, record, session, device)
     writer.done()

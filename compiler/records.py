@@ -48,6 +48,7 @@ class GraphRecord:
         symbolic: whether sizes are symbolic.
         seconds: wall time per stage.
         canonical, rewritten: the graphs.
+        foreseen: how many kernels began to compile before it was lowered.
         partitioned: what its backward is handed (compiler/partition.py), where that is our choice.
         shares: what the sites and the rest cost, once somebody asked (compiler/shares.py).
     """
@@ -67,6 +68,7 @@ class GraphRecord:
     notes: list[str] = field(default_factory=list)
     canonical: Any = None
     rewritten: Any = None
+    foreseen: int = 0
     partitioned: Any = None
     shares: Any = None
 

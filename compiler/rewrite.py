@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from fusewright.compiler import ir
 from fusewright.compiler.match import Match
@@ -29,7 +30,8 @@ def call(graph: fx.Graph, target: Any, args: Sequence[Any], like: fx.Node | None
     )
     if mode is None:
         raise ValueError(f"{target} reads no tensor of the graph")
-    with mode, torch.no_grad():
+    # As Dynamo does: some composite operators ask for numbers where sizes are symbols.
+    with mode, torch.no_grad(), enable_python_dispatcher():
         node.meta["val"] = target(*fake)
     inherited = like if like is not None else next(iter(node.all_input_nodes))
     ir.inherit_provenance(node, inherited)

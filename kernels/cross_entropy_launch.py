@@ -20,6 +20,7 @@ from fusewright.kernels.cross_entropy_kernels import (
 from fusewright.kernels.device import limits
 from fusewright.kernels.launch import on_device_of
 from fusewright.kernels.launcher import Launcher
+from fusewright.kernels.recording import recorder
 
 _forward = Launcher(cross_entropy_forward, enable_fp_fusion=True)
 _reduce = Launcher(cross_entropy_reduce, enable_fp_fusion=True)
@@ -54,7 +55,7 @@ def _row_block(vocab: int, itemsize: int, largest: int) -> tuple[int, int, int]:
 def _shifted(logits: torch.Tensor, wide: int) -> bool:
     """Whether rows begin between multiples of 16 bytes, or end there."""
     vocab = logits.shape[1]
-    return logits.stride(0) % wide != 0 or vocab % wide != 0 or logits.data_ptr() % 16 != 0
+    return logits.stride(0) % wide != 0 or vocab % wide != 0 or recorder.address(logits) % 16 != 0
 
 
 def launch_forward(
@@ -120,7 +121,7 @@ def launch_backward(
     wide = 16 // logits.element_size()
     # Both must be shifted alike; otherwise elements are read and written one by one.
     alike = (logits.stride(0) - vocab) % wide == 0 and (
-        logits.data_ptr() - dlogits.data_ptr()
+        recorder.address(logits) - recorder.address(dlogits)
     ) % 16 == 0
     shifted = alike and _shifted(logits, wide)
     block = min(2048, max(wide, 1 << (vocab - 1).bit_length()))

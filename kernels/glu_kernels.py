@@ -77,15 +77,16 @@ def glu_forward(
 
 @triton.jit
 def glu_backward(
-    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, gate_at, up_at,
-    dy_row, gate_row, up_row, out_row, width, column_blocks, alpha, limit,
+    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, y_ptr, gate_at, up_at,
+    dy_row, gate_row, up_row, out_row, y_row, width, column_blocks, alpha, limit,
     ACTIVATION: tl.constexpr, CLAMPED: tl.constexpr, INTERLEAVED: tl.constexpr,
     GATE_FIRST: tl.constexpr, NEED_GATE: tl.constexpr, NEED_UP: tl.constexpr,
-    PRECISE: tl.constexpr, BLOCK: tl.constexpr,
+    NEED_Y: tl.constexpr, PRECISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dgate = dy up act'(gate) and dup = dy act(gate), or those of the clamped form.
 
-    The outputs are laid out like a dense packed input, or are two dense tensors.
+    The outputs are laid out like a dense packed input, or are two dense tensors. With NEED_Y the
+    forward's result is written once more, by the forward's own expression.
     """
     row, first, columns, inside = _place(width, column_blocks, BLOCK)
     gate, up = _load_pair(
@@ -98,11 +99,15 @@ def glu_backward(
         act, slope = value_and_slope(g, alpha, "swish", PRECISE)
         dgate = tl.where(gate > limit, 0.0, dy * (u + 1.0) * slope)
         dup = tl.where(tl.abs(up) > limit, 0.0, dy * act)
+        y = (u + 1.0) * act
     else:
         act, slope = value_and_slope(gate, alpha, ACTIVATION, PRECISE)
         h, up_slope = up_and_slope(up, ACTIVATION, PRECISE)
         dgate = dy * h * slope
         dup = dy * act * up_slope
+        y = act * h
+    if NEED_Y:
+        tl.store(y_ptr + row * y_row + columns, y, mask=inside)
     if INTERLEAVED:
         both = tl.interleave(dgate, dup) if GATE_FIRST else tl.interleave(dup, dgate)
         pairs = 2 * first + tl.arange(0, 2 * BLOCK)
@@ -245,22 +250,27 @@ def launch_packed_backward(
     gate_first: bool,
     interleaved: bool,
     clamp: tuple[float, float] | None = None,
+    y: torch.Tensor | None = None,
 ) -> None:
-    """Write both gradients into one buffer laid out like ``gate_up`` (any even row stride)."""
+    """Write both gradients into one buffer laid out like ``gate_up`` (any even row stride).
+
+    The forward's result goes into ``y`` (any even row stride), if it is given.
+    """
     (dy, dy_row), (gate_up, step), out_row = rows_of(dy), rows_of(gate_up), row_stride(dgate_up)
     width = dy.shape[-1]
-    dense = interleaved and step == out_row == 2 * width and dy_row == width
+    y_row = width if y is None else row_stride(y)
+    dense = interleaved and step == out_row == 2 * width and dy_row == y_row == width
     rows, columns = _shape(width, dy.numel(), dense)
     at = _offsets(width, gate_first, interleaved)
     _backward(
         dy, gate_up, gate_up, dgate_up, dgate_up, *at, dy_row, step, step, out_row, rows,
-        columns, activation, clamp, gate_first if interleaved else None,
+        columns, activation, clamp, gate_first if interleaved else None, y, y_row,
     )  # fmt: skip
 
 
 def _backward(
     dy, gate, up, dgate, dup, gate_at, up_at, dy_row, gate_row, up_row, out_row, rows, width,
-    activation, clamp, interleaved,
+    activation, clamp, interleaved, y=None, y_row=0,
 ) -> None:  # fmt: skip
     block = _block(width, 1024)
     column_blocks = -(-width // block)
@@ -268,10 +278,11 @@ def _backward(
     with on_device_of(gate):
         _glu_backward(
             (rows * column_blocks, 1),
-            (dy, gate, up, dgate, dup),
-            (gate_at, up_at, dy_row, gate_row, up_row, out_row, width, column_blocks, alpha, limit),
+            (dy, gate, up, dgate, dup, y),
+            (gate_at, up_at, dy_row, gate_row, up_row, out_row, y_row, width, column_blocks, alpha,
+             limit),
             (activation, clamp is not None, interleaved is not None, interleaved is True,
-             dgate is not None, dup is not None, gate.dtype is torch.float32, block),
+             dgate is not None, dup is not None, y is not None, gate.dtype is torch.float32, block),
             warps=4,
         )  # fmt: skip
 

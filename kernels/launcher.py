@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from fusewright.kernels import early
 from fusewright.kernels.launch import HAS_TRITON
-from fusewright.kernels.recording import Launch, recorder
+from fusewright.kernels.recording import Launch, Request, recorder
 
 if HAS_TRITON:
     from triton import knobs
@@ -57,13 +58,16 @@ class Launcher:
         At least one tensor must be given. Tensors are of the current device.
         """
         steps = recorder.steps
-        if steps is not None:
+        if steps is None:
+            self._launch(grid, tensors, numbers, constants, warps)
+        elif recorder.rehearsing:
+            options = {"num_warps": warps, **self._options}
+            steps.append(Request(self.kernel, tuple(tensors), (*numbers, *constants), options))
+        else:
             # What Triton or its interpreter do with tensors is no part of the host function.
             with torch._C._DisableTorchDispatch():
                 compiled = self._launch(grid, tensors, numbers, constants, warps)
             steps.append(Launch(compiled, grid, tuple(tensors), numbers, constants))
-        else:
-            self._launch(grid, tensors, numbers, constants, warps)
 
     def _launch(
         self,
@@ -91,6 +95,8 @@ class Launcher:
         key = (index, *dtypes, *numbers, *constants, warps)
         compiled = self._known.get(key)
         if compiled is None or bits & 15 or hooked():
+            if early.under_way():
+                early.wait()
             launched = self.kernel[grid](
                 *tensors, *numbers, *constants, num_warps=warps, **self._options
             )  # fmt: skip

@@ -6,6 +6,8 @@ adapters in it; otherwise the adapters are added to the base's result, one small
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from fusewright.kernels import lora_products as products
@@ -77,9 +79,18 @@ def _added(group: Group, rows: torch.Tensor, thin: torch.Tensor, height: int) ->
 
 
 def backward(
-    dys: Tensors, thin: torch.Tensor, group: Group, grad_roomy: bool, needs: Needs
+    dys: Tensors,
+    thin: torch.Tensor,
+    group: Group,
+    grad_roomy: bool,
+    needs: Needs,
+    fill: Callable[[torch.Tensor], None] | None = None,
 ) -> Results:
-    """The gradients; see the header of ``lora``."""
+    """The gradients; see the header of ``lora``.
+
+    Args:
+        fill: is handed dx and writes x, whose values are not read before; no weight is trained then.
+    """
     x, how = group.x, plan(group)
     rows = x.reshape(-1, x.shape[-1])
     blocks = [d.reshape(-1, d.shape[-1]) for d in dys]
@@ -102,6 +113,8 @@ def backward(
         dx = torch.mm(wide, found.buffer[:, : found.width]).view(x.shape)
     elif needs.x:
         dx = _summed(group, g, p).view(x.shape)
+    if fill is not None:
+        fill(dx)
     ddown = products.left(group, rows, p, needs.down)
     return Results(
         dx,

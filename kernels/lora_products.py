@@ -8,6 +8,7 @@ import torch
 
 from fusewright.kernels import room, thin
 from fusewright.kernels.lora_group import Group, Needs, Plan, Tensors
+from fusewright.kernels.recording import recorder
 from fusewright.kernels.reduce import absent
 from fusewright.kernels.thin import Copy, Result, Term, Wide
 
@@ -155,9 +156,9 @@ def _together(parts: list[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
     """S as one dense tensor of its own: parts in a wide buffer would keep all of it alive."""
     if not parts:
         return absent(rows)
-    first, at = parts[0], parts[0].data_ptr()
+    first, at = parts[0], recorder.address(parts[0])
     for p in parts:
-        if p.data_ptr() != at or p.stride() != first.stride():
+        if recorder.address(p) != at or p.stride() != first.stride():
             return torch.cat(parts, 1)
         at += p.shape[1] * p.element_size()
     shape = (first.shape[0], sum(p.shape[1] for p in parts))

@@ -24,6 +24,15 @@ class Launch(NamedTuple):
     constants: tuple[Any, ...]
 
 
+class Request(NamedTuple):
+    """A launch that a rehearsal left out: the kernel, what it is given and compiler options."""
+
+    kernel: Any
+    tensors: tuple[torch.Tensor | None, ...]
+    rest: tuple[Any, ...]
+    options: dict[str, Any]
+
+
 class Condition(NamedTuple):
     """``check`` of these tensors was true, and must be true wherever the recording is repeated."""
 
@@ -46,10 +55,22 @@ class Alias(NamedTuple):
     other: torch.Tensor
 
 
+# (tensor, shape, strides, elements behind its beginning): a tensor on the same storage, which autograd
+# takes for no view; bounds are not checked
+reinterpret: Callable[..., torch.Tensor] = vars(torch._C._dynamo.guards)["_reinterpret_tensor"]
+
+
 class _Recorder(threading.local):
-    """Where this thread's steps are written down, if anywhere."""
+    """Where this thread's steps are written down, if anywhere.
+
+    In a rehearsal nothing is launched and tensors are stand-ins without memory; what host functions
+    ask of a tensor's memory they ask here.
+    """
 
     steps: list[Any] | None = None
+    rehearsing = False
+    address: Callable[[torch.Tensor], int] = staticmethod(torch.Tensor.data_ptr)
+    reinterpret: Callable[..., torch.Tensor] = staticmethod(reinterpret)
 
 
 recorder = _Recorder()

@@ -16,7 +16,7 @@ that memory: to whoever saves a model, weights that lie side by side share nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -25,12 +25,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import dlpack
 
 from fusewright.kernels import recording
+from fusewright.kernels.recording import recorder
 
 _UNIT = 16  # columns and rows of room come in multiples, so that every row starts aligned
-
-# (tensor, shape, strides, elements behind its beginning): a tensor on the same storage, which autograd
-# takes for no view; bounds are not checked
-reinterpret: Callable[..., torch.Tensor] = vars(torch._C._dynamo.guards)["_reinterpret_tensor"]
 
 
 class Room(NamedTuple):
@@ -43,9 +40,9 @@ class Room(NamedTuple):
 class _Entry:
     """What is known of one buffer: its shape, and how the adapters in it are laid out now."""
 
-    def __init__(self, storage: torch.UntypedStorage, height: int, width: int, room: Room) -> None:
-        self.weak = StorageWeakRef(storage)
-        self.address = storage.data_ptr()
+    def __init__(self, buffer: torch.Tensor, height: int, width: int, room: Room) -> None:
+        self.weak = StorageWeakRef(buffer.untyped_storage())
+        self.address = recorder.address(buffer)
         self.height, self.width, self.room = height, width, room
         self.layout: Any = None
 
@@ -56,6 +53,11 @@ class _Entry:
         with torch.no_grad():
             out = torch.empty(0, dtype=like.dtype, device=like.device)
             return out.set_(storage, 0, (self.height + self.room.rows, step), (step, 1))
+
+    def part_of(self, weight: torch.Tensor) -> torch.Tensor:
+        """The same of the buffer's first weight, which is a stand-in for a rehearsal."""
+        step = self.width + self.room.columns
+        return recorder.reinterpret(weight, (self.height + self.room.rows, step), (step, 1), 0)
 
     def takes(self, layout: Any) -> bool:
         """Whether the room is laid out so; empty room is, from now on."""
@@ -100,6 +102,8 @@ class Roomy(NamedTuple):
 
     def prepare(self, layout: Any) -> None:
         """Empty the room if it holds adapters that were laid out in another way."""
+        if recorder.rehearsing:
+            return
         if not self.entry.takes(layout):
             self.buffer[:, self.width :].zero_()
             self.buffer[self.height :].zero_()
@@ -145,8 +149,7 @@ def allocate(weights: Sequence[torch.Tensor], room: Room) -> list[torch.Tensor]:
         (height + room.rows, width + room.columns), dtype=first.dtype, device=first.device
     )
     _forget()
-    storage = buffer.untyped_storage()
-    entry = _Entry(storage, height, width, room)
+    entry = _Entry(buffer, height, width, room)
     views, start = [], 0
     for w in weights:
         view = buffer[start : start + w.shape[0], :width]
@@ -173,9 +176,9 @@ def scratch(
     buffer = like.new_empty((height + room.rows, width + room.columns))
     buffer[:height, width:].zero_()
     buffer[height:].zero_()
-    entry = _Entry(buffer.untyped_storage(), height, width, room)
+    entry = _Entry(buffer, height, width, room)
     views = [piece[:, :width] for piece in buffer[:height].split(list(heights))]
-    addresses = [v.data_ptr() for v in views]
+    addresses = [recorder.address(v) for v in views]
     _KNOWN.update(dict.fromkeys(addresses, entry))
     try:
         yield views
@@ -207,8 +210,11 @@ def find(weights: Sequence[torch.Tensor], columns: int, rows: int) -> Roomy | No
         return found is not None and found.geometry == geometry
 
     recording.condition(weights, same)
-    with torch._C._DisableTorchDispatch():
-        buffer = entry.whole(weights[0])
+    if recorder.rehearsing:
+        buffer = entry.part_of(weights[0])
+    else:
+        with torch._C._DisableTorchDispatch():
+            buffer = entry.whole(weights[0])
     recording.alias(buffer, weights[0])
     return Roomy(buffer, entry.height, entry.width, entry, weights[0])
 
@@ -216,14 +222,15 @@ def find(weights: Sequence[torch.Tensor], columns: int, rows: int) -> Roomy | No
 def _filled(weights: Sequence[torch.Tensor], columns: int, rows: int) -> _Entry | None:
     """What is known of the buffer that these weights fill; see ``find``."""
     first = weights[0]
-    address = first.data_ptr()
+    address_of = recorder.address
+    address = address_of(first)
     entry = _KNOWN.get(address)
     if entry is None or columns > entry.room.columns or rows > entry.room.rows:
         return None
     step, start = entry.width + entry.room.columns, 0
     row = step * first.element_size()
     for w in weights:
-        there = w.data_ptr() == address + start * row
+        there = address_of(w) == address + start * row
         if not there or w.shape[1] != entry.width or w.stride() != (step, 1):
             return None
         start += w.shape[0]
@@ -253,7 +260,7 @@ def part(
     of: torch.Tensor, offset: Any, shape: Sequence[int], strides: Sequence[int]
 ) -> torch.Tensor:
     """A tensor on the storage of ``of``, at ``offset`` there, that autograd takes for no view."""
-    return reinterpret(of, tuple(shape), tuple(strides), offset - of.storage_offset())
+    return recorder.reinterpret(of, tuple(shape), tuple(strides), offset - of.storage_offset())
 
 
 def columns_of(whole: torch.Tensor, widths: Sequence[int]) -> list[torch.Tensor]:
@@ -294,7 +301,7 @@ def widened(rows: torch.Tensor, room: int) -> torch.Tensor | None:
     if not _reaches(rows, extent):
         return None
     recording.condition((rows,), lambda t: _reaches(t, extent))
-    return reinterpret(rows, (count, width + room), (step, 1), 0)
+    return recorder.reinterpret(rows, (count, width + room), (step, 1), 0)
 
 
 def _reaches(t: torch.Tensor, extent: int) -> bool:

@@ -137,6 +137,8 @@ def _table(group: Sequence[Copy], layouts: tuple[tuple[int, ...], ...], tasks: i
                 table = _tables[key] = torch.tensor(values, dtype=torch.int64).to(device)
         return table
 
+    if recording.recorder.rehearsing:
+        return torch.empty((tasks, _COLUMNS), dtype=torch.int64, device=device)
     table = make(tuple([t.data_ptr() for t in sources]))
     recording.table(table, sources, make)
     return table

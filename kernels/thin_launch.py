@@ -10,6 +10,7 @@ import torch
 from fusewright.kernels import device, thin_copies
 from fusewright.kernels.launch import on_device_of
 from fusewright.kernels.launcher import Launcher
+from fusewright.kernels.recording import recorder
 from fusewright.kernels.thin_copies import Copy, Work
 from fusewright.kernels.thin_kernels import left_products, right_products
 from fusewright.kernels.thin_parts import split_parts, sum_shares
@@ -146,7 +147,7 @@ class _Launch:
         us = [_lined(t.left, True) for t in terms] if one.left else []
         self.vs, self.v_apart = _parts_of(vs, self.ms[0].dtype) if split and vs else (vs, 0)
         self.us, self.u_apart = _parts_of(us, self.ms[0].dtype) if split and us else (us, 0)
-        self.aligned = not any(t.data_ptr() % 16 for t in (*self.vs, *self.us))
+        self.aligned = not any(recorder.address(t) % 16 for t in (*self.vs, *self.us))
         self.lefts = self._left_outputs()
         self.out, self.rights = self._right_outputs()
 

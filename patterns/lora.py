@@ -23,7 +23,7 @@ from fusewright.compiler.match import Miss, Refused
 from fusewright.compiler.prove import Candidate, Rounder
 from fusewright.compiler.rewrite import call, item
 from fusewright.compiler.storage import Storage
-from fusewright.patterns import lora_groups, quantised
+from fusewright.patterns import lora_groups, lora_near, quantised
 
 aten = torch.ops.aten
 
@@ -58,7 +58,7 @@ class LoRA:
     def anchors(self, graph: fx.Graph) -> Iterator[fx.Node]:
         """Second halves of two linear maps in a row through a thin waist."""
         for node in ir.calls(graph):
-            if _thin_pair(node) is not None or _looks_added(node):
+            if _thin_pair(node) is not None or lora_near.looks_added(node):
                 yield node
 
     def candidates(self, anchor: fx.Node) -> Iterator[Candidate]:
@@ -85,15 +85,9 @@ class LoRA:
         return lora_groups.settle(graph)
 
 
-def _pair(node: fx.Node) -> fx.Node | None:
-    """The first map, if ``node`` is the second of two bias-free linear maps in a row."""
-    first = ir.strip_casts(node.args[0]) if _plain_linear(node) else None  # type: ignore[arg-type]
-    return first if _plain_linear(first) else None
-
-
 def _thin_pair(node: fx.Node) -> fx.Node | None:
     """The first map, if there are two with a thin waist between them."""
-    first = _pair(node)
+    first = lora_near.pair(node)
     if first is None:
         return None
     rank, width, height = _extents(first, node)
@@ -105,32 +99,10 @@ def _extents(first: fx.Node, second: fx.Node) -> tuple[Any, Any, Any]:
     return rank, width, height
 
 
-def _looks_added(node: fx.Node) -> bool:
-    """Whether two maps in a row are added, scaled or not, to a third map of the same input."""
-    first, total = _pair(node), node
-    if first is None:
-        return False
-    x = ir.strip_casts(first.args[0])  # type: ignore[arg-type]
-    while len(total.users) == 1:
-        (user,) = total.users
-        if ir.is_call(user, aten.add.Tensor):
-            other = ir.other_operand(user, total)
-            base = ir.strip_casts(other) if ir.is_tensor(other) else None
-            return ir.is_call(base, aten.linear.default) and ir.strip_casts(base.args[0]) is x  # type: ignore[union-attr, arg-type]
-        if not ir.is_call(user, aten.mul.Tensor) and not ir.is_cast(user):
-            return False
-        total = user
-    return False
-
-
-def _plain_linear(node: Any) -> bool:
-    return ir.is_call(node, aten.linear.default) and (len(node.args) < 3 or node.args[2] is None)
-
-
 def _adapter(second: fx.Node) -> _Adapter:
-    first = _pair(second)
+    first = lora_near.pair(second)
     if first is None:
-        raise Refused("not two linear maps in a row")
+        raise Refused(lora_near.other_kind(second) or "not two linear maps in a row")
     rank, width, height = _extents(first, second)
     if not rank < min(width, height):
         raise Refused(f"the waist of {rank} is not narrower than the layer, {height} x {width}")

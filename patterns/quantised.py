@@ -29,6 +29,7 @@ from fusewright.kernels.codes import KINDS
 aten = torch.ops.aten
 _NESTED_BLOCKSIZE = 256  # the only one that gemm_4bit knows
 GRADIENT = object()  # the gradient of y, in a backward's body
+SIZE = object()  # a size or what is made of sizes, which no layer is computed from
 
 
 @dataclass(frozen=True)
@@ -156,11 +157,11 @@ def _custom(node: fx.Node) -> Linear:
     if forward is None or backward is None:
         raise Refused("the custom function's bodies are not known")
     given = list(node.args[2:])
-    results, saved = _outputs(_walk(forward, given))
-    if len(results) != 1 or not isinstance(results[0], Linear):
+    # Some releases of Dynamo hand out the body's other values too; _replace sees that none is used.
+    (layer, *others), saved = _outputs(_walk(forward, given))
+    if not isinstance(layer, Linear):
         raise Refused("its forward is not one linear layer over a 4-bit weight")
-    layer = results[0]
-    gradients, _ = _outputs((_walk(backward, [GRADIENT, *saved]), ()))
+    gradients, _ = _outputs((_walk(backward, [GRADIENT, *(None for _ in others), *saved]), ()))
     for i, gradient in enumerate(gradients):
         if gradient is None:
             continue
@@ -226,6 +227,8 @@ def _read_call(node: fx.Node, args: Any, kwargs: dict[str, Any]) -> Any:
     name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
     if name == "_set_grad_enabled":
         return None
+    if name in _QUESTIONS:
+        return SIZE
     if node.target is operator.getitem:
         return args[0][args[1]]
     step = _STEPS.get(name)
@@ -326,6 +329,7 @@ def _matmul(args: Any, kwargs: dict[str, Any]) -> Any:
     return Linear(left, replace(weight, turned=False), None) if weight.turned else None
 
 
+_QUESTIONS = ("numel", "size", "dim", "eq", "ne")  # about shapes: they change no value
 _Step = Callable[[Any, dict[str, Any]], Any]
 _STEPS: dict[str, _Step] = {
     **dict.fromkeys(("view", "reshape", "contiguous", "detach"), _view),

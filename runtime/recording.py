@@ -20,8 +20,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fusewright.kernels.launcher import current_stream
-from fusewright.kernels.recording import Alias, Condition, Launch, Table, recorder
-from fusewright.kernels.room import reinterpret
+from fusewright.kernels.recording import Alias, Condition, Launch, Table, recorder, reinterpret
 from fusewright.runtime.direct import direct
 from fusewright.runtime.origins import Origins, Place, Unknown
 from fusewright.runtime.rule import picker

@@ -22,10 +22,9 @@ from fusewright.kernels.launcher import hooked
 from fusewright.kernels.recording import recorder
 from fusewright.runtime.recording import Plan, record
 from fusewright.runtime.rule import picker
-from fusewright.runtime.seen import POSSIBLE, Seen, admission, seen
+from fusewright.runtime.seen import POSSIBLE, Seen, admission, is_plain, seen
 
 Call = Callable[..., Any]
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _MOST = 1024  # signatures remembered of one host function, before all are forgotten
 _RECENT, _LESSONS = 8, 64  # signatures that are asked first, and how often these may change
 _pointer = torch.Tensor.data_ptr
@@ -167,7 +166,7 @@ def _searcher(known: dict[Any, Any], admissible: Call) -> Call:
                 signature.append(None)
                 pointers.append(None)
                 continue
-            if type(t) not in _PLAIN or t.is_neg():
+            if not is_plain(type(t)) or t.is_neg():
                 return None
             pointer = t.data_ptr()
             if not pointer and t.numel():

@@ -32,6 +32,26 @@ _TYPES = {
 }
 
 
+_PLAIN: dict[Any, bool] = {torch.Tensor: True, torch.nn.Parameter: True}
+
+
+def is_plain(kind: type) -> bool:
+    """Whether tensors of this type meet nothing of their own on the way to a kernel.
+
+    So do parameters of a subclass that only carries more, such as a quantised weight's state; one
+    that handles operators itself (``__torch_dispatch__``) does not.
+    """
+    found = _PLAIN.get(kind)
+    if found is None:
+        found = bool(
+            issubclass(kind, torch.nn.Parameter)
+            and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+            and not issubclass(kind, torch.nn.UninitializedParameter)
+        )
+        _PLAIN[kind] = found
+    return found
+
+
 class Seen(NamedTuple):
     """A signature as one question to PyTorch: do tensors agree with what they were?
 

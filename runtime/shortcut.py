@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+from fusewright.runtime.seen import is_plain
 
 
 def shortcut(
@@ -38,7 +38,7 @@ def shortcut(
             value = values[i]
             if value is None:
                 continue
-            if type(value) not in _PLAIN or value.device.type != device or value.is_neg():
+            if not is_plain(type(value)) or value.device.type != device or value.is_neg():
                 return operator(*values)
         return kernel(*values)
 

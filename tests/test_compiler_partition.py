@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy
 
 import fusewright
-from fusewright.compiler import cut, driver
+from fusewright.compiler import cut, driver, gated_backward, residual_backward
 from fusewright.compiler.joint import Joint
 from fusewright.compiler.recompute import is_cheap
 from fusewright.kernels import room
@@ -74,6 +74,11 @@ def test_fewer_bytes_as_predicted_and_the_same_bits(
 def test_inductor_takes_the_same_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import config
 
+    joined: list[int] = []
+    folded: list[int] = []
+    join, fold = gated_backward.join, residual_backward.fold
+    monkeypatch.setattr(gated_backward, "join", lambda half: joined.append(join(half)))
+    monkeypatch.setattr(residual_backward, "fold", lambda half: folded.append(fold(half)))
     with config.patch(force_disable_caches=True):
         models_ = {
             how: optimized(BUILDS["lora"], "default", monkeypatch, how)
@@ -81,6 +86,9 @@ def test_inductor_takes_the_same_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         }
         steps = {k: training.train_step(m, models.batch()) for k, m in models_.items()}
     training.assert_same_step(steps["inductor"], steps["fx"])
+    half = len(joined) // 2  # the same rewrites of the backward half on both ways
+    assert 0 not in joined and any(folded) and joined[:half] == joined[half:]
+    assert folded[:half] == folded[half:]
     assert partitioned(models_["inductor"]) == partitioned(models_["fx"])
     batch, paths = models.batch(), list(partitioned(models_["fx"]))
     sizes = [saved_bytes(m, paths, batch) for m in models_.values()]

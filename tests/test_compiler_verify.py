@@ -106,3 +106,26 @@ def test_a_gradient_that_is_only_rounding_does_not_decide() -> None:
     assert _judged(exact, [1e-3, 1e-3, 1e6], [1e-3, 1e-3, 1.5e6]).status == "accepted"
     assert _judged(exact, [1e-3, 1e-3, 1e6], [4e-3, 4e-3, 0.5e6]).status == "reverted"
     assert _judged(exact, [1e-3, 1e-3, 1e6], [1e-3, 1e-3, 1e9]).status == "reverted"
+
+
+@torch.library.custom_op("fusewright_tests::picky", mutates_args=())
+def _picky(x: torch.Tensor) -> torch.Tensor:
+    if x.dtype == torch.float64:
+        raise LookupError("only 16 and 32 bits")
+    return x.clone()
+
+
+_picky.register_fake(torch.empty_like)
+_picky.register_autograd(lambda ctx, dy: dy)
+
+
+def test_what_refuses_float64_runs_unverified() -> None:
+    def layer(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return _norm(_picky(x), w)
+
+    compiled = compile_one(layer, verify="first_step")
+    x, w = rows(5, 32), perturbed(32)
+    compiled.run(x, w).sum().backward()
+    (record,) = compiled.session.records
+    assert record.matches and record.verdict.status == "not verified"
+    assert "LookupError: only 16 and 32 bits" in record.verdict.reason

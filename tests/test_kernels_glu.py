@@ -263,9 +263,12 @@ def compiled_cases() -> list[Case]:
         cases.append(Case(module + "glu_forward", types, constants | {"BLOCK": block}))
         names = ("dy_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr")
         types = sizes | {n: pointer for n in names} | {"dy_row": "i32:16", "out_row": "i32:16"}
-        del types["y_row"]
         needs = {"NEED_GATE": True, "NEED_UP": True, "BLOCK": 1024}
-        cases.append(Case(module + "glu_backward", types, constants | needs))
+        for need_y in (False, True):
+            y_type = {"y_ptr": pointer} if need_y else {}
+            needs |= {"NEED_Y": need_y} | ({} if need_y else {"y_ptr": None})
+            cases.append(Case(module + "glu_backward", types | y_type, constants | needs))
+            needs.pop("y_ptr", None)
     return cases
 
 

@@ -204,9 +204,9 @@ LEFT_ALONE = [
     (base_reads_another_x, "lora", "grow: no linear layer's output is added to the adapter's"),
     (adapter_reads_another_x, "lora", "grow: no linear layer's output is added to the adapter's"),
     (nonlinear_waist, "lora", None),
-    (biased_waist, "lora", None),
-    (biased_up, "lora", None),
-    (scaled_waist, "lora", None),
+    (biased_waist, "lora", "have a bias of their own"),
+    (biased_up, "lora", "have a bias of their own"),
+    (scaled_waist, "lora", "scales what lies between its two maps"),
     (dropout_in_the_waist, "lora", None),
     (
         multiplied_instead_of_added,

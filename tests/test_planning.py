@@ -106,7 +106,7 @@ def test_a_budget_is_kept_and_the_bits_are_the_same(plan: Any, at: int) -> None:
     memory = driver._required(ours).memory
     assert memory is not None and memory.plan is not None and memory.plan.peak <= size
     layers = memory._planner.layers(ROWS, LENGTH)
-    whole = all(price == 0 for price in memory.plan.prices.values())
+    whole = any(price == 0 for price in memory.plan.prices.values())
     assert whole == (at == -1)
     if not whole:  # a checkpoint's own hooks hide what it keeps
         fronts = {layer.path: layer.front for layer in layers}

@@ -109,6 +109,10 @@ def test_a_plan_repeats_a_group(form: str, adapters: Layout, thin_dtype: torch.d
             assert backward.calls == calls
 
 
+class _Packed(torch.nn.Parameter):
+    """A weight that carries more than its bytes, as bitsandbytes' do."""
+
+
 def _quantised(seed: int, nested_code: torch.Tensor) -> tuple[Any, ...]:
     """A group of two layers over 4-bit weights with nested statistics, as the forward's arguments."""
     torch.manual_seed(seed)
@@ -121,7 +125,9 @@ def _quantised(seed: int, nested_code: torch.Tensor) -> tuple[Any, ...]:
         [nested_code] * 2,
         list(heights), ["nf4"] * 2, [64] * 2, [256] * 2,
     )  # fmt: skip
-    packed = [torch.randint(0, 256, (h * width // 2, 1), dtype=torch.uint8) for h in heights]
+    sizes = [(h * width // 2, 1) for h in heights]
+    drawn = [torch.randint(0, 256, size, dtype=torch.uint8) for size in sizes]
+    packed = [_Packed(bytes_, requires_grad=False) for bytes_ in drawn]
     down = [torch.randn(rank, width, dtype=BF16) for _ in heights]
     up = [torch.randn(h, rank, dtype=BF16) for h in heights]
     layout = ([0, 1], [-1, -1], [2.0] * 2, [sum(heights)], BF16, False, False)

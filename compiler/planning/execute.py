@@ -87,8 +87,8 @@ class Memory:
         def tell(chosen: Any) -> None:
             record.partitioned = chosen
 
-        if price == 0 or math.isinf(price):
-            return Asked.of(graph, "keep", tell)
+        if price == 0 or math.isinf(price):  # within a checkpoint cheap calls run again, as ever
+            return Asked.of(graph, "keep" if price else "default", tell)
         level = f"a second is worth {price:.6g} bytes on {self.device.name}"
         return dataclasses.replace(Asked.of(graph, level, tell), cut=at_hints(price, self.device))
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
+from fusewright.compiler import cut as cuts
 from fusewright.compiler import ir
 from fusewright.compiler.planning.block import WHOLE, Block, Choice, Measure
 from fusewright.compiler.planning.devices import Device
@@ -25,21 +26,18 @@ def measure(block: Block, choice: Choice, device: Device, batch: int, sequence: 
     seconds = sum(block.works[n].seconds(device, *numbers[n][1:]) for n in again)
     forward = _peak([n for n in joint.forward if n in joint.required], sizes, kept | joint.free)
     if choice.name == WHOLE:
-        # The forward runs once more and keeps what its backward reads.
-        inner = measure(block, block_keep(block), device, batch, sequence)
-        return Measure(saved, forward, inner.saved - saved + inner.backward, seconds)
+        # The forward runs once more, and cheap calls of it a third time: what it keeps is the peak.
+        inner = measure(block, within(block), device, batch, sequence)
+        alive = inner.saved - saved + inner.backward
+        return Measure(saved, forward, alive, seconds + inner.seconds)
     ran = list(joint.forward) if not choice.cut.recomputed else list(choice.cut.recomputed)
     backward = _order(block, set(ran))
     return Measure(saved, forward, _peak(backward, sizes, kept | joint.free), seconds)
 
 
-def block_keep(block: Block) -> Choice:
-    """The choice that runs nothing again."""
-    import math
-
-    from fusewright.compiler import cut as cuts
-
-    return Choice("keep", math.inf, cuts.minimum(block.joint, cuts.keep))
+def within(block: Block) -> Choice:
+    """How the graph inside of a checkpoint is cut: as without a budget."""
+    return Choice("default", 0.0, cuts.minimum(block.joint))
 
 
 def forward_seconds(block: Block, device: Device, batch: int, sequence: int) -> float:

@@ -91,6 +91,26 @@ def smallest(layers: Sequence[Layer], footing: Footing, batch: int, sequence: in
         size = peak(layers, other, footing, batch, sequence)
         if size < best:
             lean, best = other, size
+    return _lower(layers, lean, footing, batch, sequence)
+
+
+def _lower(
+    layers: Sequence[Layer], lean: list[int], footing: Footing, batch: int, sequence: int
+) -> list[int]:
+    """From the last layer down, choices whose backward is smaller, for as long as the peak falls.
+
+    The last layers' backwards come when everything else is still saved.
+    """
+    best = peak(layers, lean, footing, batch, sequence)
+    for at in reversed(range(len(layers))):
+        ways = []
+        for c in range(len(layers[at].front)):
+            other = [*lean[:at], c, *lean[at + 1 :]]
+            ways.append((peak(layers, other, footing, batch, sequence), -c, other))
+        size, _, other = min(ways)
+        if size >= best:
+            break
+        lean, best = other, size
     return lean
 
 

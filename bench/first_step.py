@@ -1,0 +1,145 @@
+"""Where the seconds to the first training step go, and which kernels were compiled late.
+
+    python bench/first_step.py [W1] [--lowering fx] [--json PATH]
+
+Triton's cache is a new folder, and so is Inductor's: what is timed is a first step on a new machine.
+Times of stages are the compiler's own (``GraphRecord.seconds``); those of kernels are Triton's, added
+up over threads, so that they may be more than the step took. A kernel is late when the thread that
+launches it compiles it: nobody foresaw it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+STAGES = ("normalize", "match", "foresee", "lower", "verify")
+
+
+class Compiled:
+    """What Triton compiles, by the thread that does it."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, bool, float]] = []
+        self.lock = threading.Lock()
+
+    def __call__(self, *, src: Any, times: Any, cache_hit: bool, **_: Any) -> None:
+        name = getattr(getattr(src, "fn", None), "__name__", "?")
+        here = threading.current_thread() is threading.main_thread()
+        late = here and getattr(getattr(src, "fn", None), "module", "").startswith("fusewright")
+        if not cache_hit:
+            with self.lock:
+                self.rows.append((name, late, times.total / 1e6))
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, seconds and names."""
+        return {
+            "compiles": len(self.rows),
+            "compile_thread_s": round(sum(s for *_, s in self.rows), 2),
+            "longest_s": round(max((s for *_, s in self.rows), default=0.0), 2),
+            "late": dict(Counter(n for n, late, _ in self.rows if late)),
+            "kernels": dict(Counter(n for n, *_ in self.rows)),
+        }
+
+
+def waiting() -> list[float]:
+    """Seconds that launches waited for kernels under way; grows while the step runs."""
+    from fusewright.kernels import early
+
+    spent: list[float] = []
+    wait = early.wait
+
+    def timed() -> None:
+        started = time.perf_counter()
+        wait()
+        spent.append(time.perf_counter() - started)
+
+    early.wait = timed
+    return spent
+
+
+def measure(name: str, lowering: str, verify: str, tiny: bool) -> dict[str, Any]:
+    """One first step and one after it, in this process."""
+    import torch
+    from step_models import Trainee
+    from step_work import workload
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    os.environ["FUSEWRIGHT_VERIFY"] = verify
+    started = time.perf_counter()
+    saved = Path(tempfile.mkdtemp()) / "saved"
+    trainee = Trainee(workload(name, tiny), f"ours:lowering={lowering}", device, saved)
+    built = time.perf_counter() - started
+    compiled = Compiled()
+    if device == "cuda":
+        from triton import knobs
+
+        knobs.compilation.listener = compiled
+    spent, steps = waiting(), []
+    for _ in range(3):
+        started = time.perf_counter()
+        trainee.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        steps.append(round(time.perf_counter() - started, 3))
+    return {"build_s": round(built, 2), "steps_s": steps, "waited_s": round(sum(spent), 2)} | (
+        stages(trainee.model) | compiled.summary()
+    )
+
+
+def stages(model: Any) -> dict[str, Any]:
+    """Seconds by stage, added up over the captured graphs, and what torch says of its own."""
+    import torch
+
+    from fusewright.compiler import driver
+
+    session = driver._required(model)
+    total: Counter[str] = Counter()
+    for record in session.records:
+        total.update(record.seconds)
+    dynamo = torch._dynamo.utils.compilation_time_metrics
+    wanted = ("entire_frame_compile", "compile_fx_inner", "create_aot_dispatcher_function")
+    found = {k: round(sum(v), 2) for k, v in dynamo.items() if any(w in k for w in wanted)}
+    return {
+        "stages_s": {s: round(total[s], 2) for s in STAGES},
+        "foreseen": sum(r.foreseen for r in session.records),
+        "torch_s": found,
+    }
+
+
+def main() -> None:
+    """Print the split."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("work", nargs="?", default="W1")
+    parser.add_argument("--lowering", default="inductor", choices=("inductor", "fx"))
+    parser.add_argument("--verify", default="first_step", choices=("first_step", "off"))
+    parser.add_argument("--tiny", action="store_true", help="shrunk, for a CPU")
+    parser.add_argument("--late", action="store_true", help="without compiling ahead, to compare")
+    parser.add_argument("--json", help="where to write the numbers")
+    given = parser.parse_args()
+    cache = tempfile.mkdtemp()
+    os.environ["TRITON_CACHE_DIR"] = os.path.join(cache, "triton")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(cache, "inductor")
+    if given.late:
+        from fusewright.kernels import early
+
+        early.start = lambda *_: None
+        from fusewright.compiler import foresee
+
+        foresee.start = early.start
+    out = measure(given.work, given.lowering, given.verify, given.tiny)
+    out = {"work": given.work, "lowering": given.lowering, "ahead": not given.late} | out
+    print(json.dumps(out, indent=1))
+    if given.json:
+        Path(given.json).write_text(json.dumps(out, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

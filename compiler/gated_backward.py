@@ -1,0 +1,104 @@
+"""The backward half: a gated unit that runs again for one reader gets its value from its own backward.
+
+    h = glu(gate_up)                                  runs again
+    dh, ..., dA, dB = lora_group_backward(dy, h, ...) reads h for dA alone
+    d(gate_up) = glu_backward(dh, gate_up)            has gate and up in registers
+
+becomes ``lora_glu_backward``, which makes dh first, h beside d(gate_up), and dA last. Numerics stay:
+the same kernels on the same numbers.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fusewright.compiler import ir
+
+# Positions in the results of lora_group_backward.
+_DX, _DBIASES, _DDOWN, _DUP = 0, 3, 4, 5
+_ROOMY = ("glu_packed_roomy", "glu_packed_roomy_backward")
+_DENSE = ("glu_packed", "glu_packed_backward")
+
+
+def join(half: fx.GraphModule) -> int:
+    """Rewrite the backward half in place; tells how many units no longer run again."""
+    joined = 0
+    for node in list(half.graph.nodes):
+        if ir.own_name(node) == "lora_group_backward":
+            joined += _joined(half.graph, node)
+    if joined:
+        half.graph.lint()
+        half.recompile()
+    return joined
+
+
+def _joined(graph: fx.Graph, layers: fx.Node) -> bool:
+    given = ir.named_arguments(layers)
+    h = given["x"]
+    if ir.own_name(h) not in (_ROOMY[0], _DENSE[0]) or set(h.users) != {layers}:
+        return False
+    plain = not given["inputs"] and not given["need_inputs"] and not given["need_weights"]
+    if not (plain and given["need_x"] and given["need_down"]):
+        return False
+    results = {n.args[1]: n for n in layers.users if n.target is operator.getitem}
+    if len(results) != len(layers.users) or not results.keys() <= {_DX, _DBIASES, _DDOWN, _DUP}:
+        return False
+    unit = _unit_backward(h, results.get(_DX))
+    if unit is None:
+        return False
+    _replace(graph, layers, results, h, unit)
+    return True
+
+
+def _unit_backward(h: fx.Node, dh: fx.Node | None) -> fx.Node | None:
+    """The backward of the unit that made ``h``, if it alone reads ``dh``."""
+    if dh is None or len(dh.users) != 1:
+        return None
+    (unit,) = dh.users
+    if (ir.own_name(h), ir.own_name(unit)) not in (_ROOMY, _DENSE):
+        return None
+    forward, backward = ir.named_arguments(h), ir.named_arguments(unit)
+    if not str(forward["activation"]).isidentifier():
+        return None  # of an activation in text, sums may be contracted otherwise beside the slope
+    shared = ("gate_up", "activation", "gate_first", "interleaved")
+    same = all(forward[k] == backward[k] for k in shared)
+    gate_up = ir.value(forward["gate_up"])
+    fits = backward["dy"] is dh and backward["need_gate_up"]
+    return unit if same and fits and forward["out_dtype"] is gate_up.dtype else None
+
+
+def _replace(
+    graph: fx.Graph, layers: fx.Node, results: dict[Any, fx.Node], h: fx.Node, unit: fx.Node
+) -> None:
+    given, forward, backward = (
+        ir.named_arguments(layers),
+        ir.named_arguments(h),
+        ir.named_arguments(unit),
+    )
+    whole = layers.meta["val"]
+    value = (unit.meta["val"], *(whole[i] for i in (_DBIASES, _DDOWN, _DUP)))
+    with graph.inserting_before(layers):
+        new = graph.call_function(
+            torch.ops.fusewright.lora_glu_backward.default,
+            (
+                given["dys"], given["thin"], forward["gate_up"], given["weights"],
+                given["biases"], given["down"], given["up"], given["member"], given["scales"],
+                forward["activation"], forward["gate_first"], forward["interleaved"],
+                forward.get("room", 0), backward.get("grad_room", 0), given["grad_roomy"],
+                given["need_biases"], given["need_down"], given["need_up"],
+            ),
+        )  # fmt: skip
+        ir.describe(new, layers, value)
+        dgate_up = graph.call_function(operator.getitem, (new, 0))
+        dgate_up.meta = dict(unit.meta)
+    unit.replace_all_uses_with(dgate_up)
+    graph.erase_node(unit)
+    graph.erase_node(results.pop(_DX))
+    for at, node in results.items():
+        node.args = (new, at - 2)
+    graph.erase_node(layers)
+    graph.erase_node(h)

@@ -1,0 +1,90 @@
+"""What a rehearsal foresees is what the step launches: nothing is left to compile at a launch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import models
+import pytest
+import torch
+import training
+
+import fusewright
+from fusewright.compiler import driver, foresee, pipeline, verify
+from fusewright.kernels import lora_products, room, thin
+from fusewright.kernels.early import Kernel, Pointer
+from fusewright.kernels.launcher import Launcher
+from fusewright.runtime import rehearsal
+
+BF16 = torch.bfloat16
+
+
+class Seen:
+    """Kernels by their keys: those that were foreseen, and those that were launched."""
+
+    def __init__(self) -> None:
+        self.foreseen: dict[Any, str] = {}
+        self.launched: dict[Any, str] = {}
+        self.failures: list[str] = []
+
+    @property
+    def late(self) -> list[str]:
+        """Kernels that were launched and not foreseen."""
+        return sorted(n for key, n in self.launched.items() if key not in self.foreseen)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
+    """The ops run their kernels on the CPU, in Triton's interpreter, and everything is written down."""
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled in this process")
+    found = Seen()
+    launch = Launcher._launch
+
+    def launched(
+        self: Any, grid: Any, tensors: Any, numbers: Any, constants: Any, warps: int
+    ) -> Any:
+        pointers = [None if t is None else Pointer(t.dtype, t.data_ptr()) for t in tensors]
+        kernel = Kernel(
+            self.kernel, (*pointers, *numbers, *constants), {"num_warps": warps, **self._options}
+        )
+        found.launched[kernel.key] = self.kernel.__name__
+        return launch(self, grid, tensors, numbers, constants, warps)
+
+    def foreseeing(rewritten: Any, canonical: Any, inputs: Any, verified: bool, device: Any) -> int:
+        with pipeline.lower.autocast_off(device):
+            made = foresee.rehearse(rewritten, canonical, inputs, verified)
+        found.failures += made.failures
+        found.foreseen |= {k.key: k.function.__name__ for k in made.kernels}
+        return len(made.kernels)
+
+    monkeypatch.setattr(Launcher, "_launch", launched)
+    monkeypatch.setattr(pipeline, "foresee", foreseeing)
+    monkeypatch.setattr(lora_products.thin, "reference", thin.thin)
+    rehearsal.hosts()
+    fusewright.runtime.op.register_all()
+    library = torch.library.Library("fusewright", "IMPL")
+    for name, host in rehearsal.hosts().items():
+        library.impl(name.rpartition(":")[2], host, "CPU")
+    yield found
+    library._destroy()
+
+
+@pytest.mark.parametrize(
+    ("mode", "lowering"), [("lora", "fx"), ("room", "fx"), ("full", "fx"), ("room", "inductor")]
+)
+def test_every_launch_was_foreseen(
+    mode: str, lowering: str, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "serves", lambda *_: mode == "room")
+    monkeypatch.setattr(verify, "_LARGEST", 8)  # of 16 tokens: the cut has sizes of its own
+    model = models.build("llama", layers=1).to(BF16)
+    if mode != "full":
+        model = models.with_lora(model).to(BF16)
+    fusewright.optimize(model, lowering=lowering, verify="first_step")
+    training.train_step(model, models.batch())
+    assert all(r.symbolic for r in driver._required(model).records)
+    assert seen.failures == []
+    assert len(seen.launched) >= 10
+    assert seen.late == []
