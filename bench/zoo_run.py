@@ -107,9 +107,8 @@ def _mode(
             eager = _with_lora(eager, census.linears, 0.05 if full else 0.0)
         ours = copy.deepcopy(eager)
         training.train_step(eager, batch)
-    except (
-        zoo_configs.FAILURES
-    ) as error:  # PEFT refuses some types, bf16 others: eager's own failure
+    except (NotTrainable, *zoo_configs.FAILURES) as error:
+        # PEFT refuses some types, bf16 others: eager's own failure.
         return {"status": "eager does not train", "reason": _brief(error)}
     try:
         fusewright.optimize(ours, lowering="fx")

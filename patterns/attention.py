@@ -261,9 +261,7 @@ def _name(node: fx.Node) -> str:
     return str(getattr(packet, "__name__", packet))
 
 
-def _candidate(
-    site: _Site, scores: Contraction, weighed: Contraction, out: fx.Node
-) -> Candidate:
+def _candidate(site: _Site, scores: Contraction, weighed: Contraction, out: fx.Node) -> Candidate:
     q, k, v = scores.left, scores.right, weighed.right
     masks = {f"mask{i or ''}": mask for i, mask in enumerate(site.masks)}
     scale, rounded = site.scale, site.rounded
@@ -280,10 +278,14 @@ def _candidate(
         return [torch.matmul(weights, v.of(t["v"])).permute(weighed.result)]
 
     def emit(graph: fx.Graph, read: Mapping[str, Any]) -> list[fx.Node]:
-        rows = [_batched(graph, o.laid_out(graph, read[r])) for o, r in ((q, "q"), (k, "k"), (v, "v"))]
+        rows = [
+            _batched(graph, o.laid_out(graph, read[r])) for o, r in ((q, "q"), (k, "k"), (v, "v"))
+        ]
         mask = _library_mask(graph, [(read[r], m.kept) for r, m in masks.items()])
         result = _library_call(graph, rows, mask, scale, out, weighed)
-        return [result if _layout_free(out) else call(graph, aten.contiguous.default, (result,), out)]
+        return [
+            result if _layout_free(out) else call(graph, aten.contiguous.default, (result,), out)
+        ]
 
     drawn = {r: _boolean(m.kept) for r, m in masks.items() if m.kept is not None}
     kinds = ["added" if m.kept is None else "boolean" for m in site.masks]

@@ -12,7 +12,7 @@ from graphs import Compiled, check, check_untouched, compile_one, named, rows, t
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fusewright.patterns import attention, attention_exactness
+from fusewright.patterns import attention_exactness
 
 aten = torch.ops.aten
 B, H, T, D = 2, 4, 5, 16
