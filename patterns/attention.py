@@ -75,9 +75,9 @@ class Attention:
     def anchors(self, graph: fx.Graph) -> Iterator[fx.Node]:
         """Softmaxes of what comes of a product, that lead to another product as its left operand."""
         for node in ir.calls(graph):
-            if ir.is_call(node, *_SOFTMAX) and ir.is_floating(node):
-                if _weighs(node) and _from_a_product(node.args[0]):
-                    yield node
+            found = ir.is_call(node, *_SOFTMAX) and ir.is_floating(node)
+            if found and _weighs(node) and _from_a_product(node.args[0]):
+                yield node
 
     def candidates(self, anchor: fx.Node) -> Iterator[Candidate]:
         """The one claim about the softmax at ``anchor``."""
