@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
+import models
 import pytest
 import torch
 import torch.nn.functional as F
 from graphs import Compiled, check, check_untouched, compile_one, named, rows, to_bf16
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from training import assert_same_step, train_step
 
+import fusewright
 from fusewright.patterns import attention_exactness
 
 aten = torch.ops.aten
@@ -19,11 +23,13 @@ B, H, T, D = 2, 4, 5, 16
 LOW = torch.finfo(torch.float32).min
 
 
+MEASURED = attention_exactness.shortfall
+
+
 @pytest.fixture(autouse=True)
-def _as_exact(request: Any, monkeypatch: Any) -> None:
+def _as_exact(monkeypatch: Any) -> None:
     """The library's fused kernels are less exact on a CPU; what is rewritten is tested all the same."""
-    if "as_measured" not in request.keywords:
-        monkeypatch.setattr(attention_exactness, "shortfall", lambda *_: "")
+    monkeypatch.setattr(attention_exactness, "shortfall", lambda *_: "")
 
 
 def _inputs() -> list[Any]:
@@ -193,6 +199,36 @@ def test_another_number_of_tokens_and_rows_needs_no_other_graph() -> None:
             compiled.run(q, k, v, added, added), llama(q, k, v, added, added)
         )
     assert all(r.matches for r in compiled.session.records)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_the_library_is_less_exact_it_is_left_alone(monkeypatch: Any, dtype: Any) -> None:
+    """As measured here, on a CPU, against float64."""
+    monkeypatch.setattr(attention_exactness, "shortfall", MEASURED)
+    given = [i.to(dtype) if i.dtype is torch.float32 else i for i in _inputs()]
+    given = [i.detach().requires_grad_(n < 3) for n, i in enumerate(given)]
+    given[3] = torch.zeros(B, 1, T, T, dtype=dtype)  # float32's least is -inf in bfloat16
+    reason = "grow: the library's attention is less exact on cpu"
+    check_untouched(nano_gpt, given, "attention", reason)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask", ["none", "added", "boolean"])
+def test_on_a_gpu_the_library_is_as_exact(mask: str) -> None:
+    assert MEASURED("cuda", torch.bfloat16, (64, 64), mask) == ""
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_the_written_out_attention_of_a_model(name: str) -> None:
+    """As transformers writes it: grouped heads, an added causal mask, a softmax in float32."""
+    eager = models.build(name)
+    eager.set_attn_implementation("eager")
+    ours = fusewright.optimize(copy.deepcopy(eager), lowering="fx")
+    batch = models.batch()
+    assert_same_step(train_step(ours, batch), train_step(eager, batch), what=name)
+    report = fusewright.report(ours)
+    assert report.counts["attention"] == models.LAYERS, report
+    assert not report.eager_now
 
 
 # --- look-alikes
