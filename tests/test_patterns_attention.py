@@ -228,9 +228,17 @@ def test_the_written_out_attention_of_a_model(name: str) -> None:
     assert_same_step(train_step(ours, batch), train_step(eager, batch), what=name)
     report = fusewright.report(ours)
     assert report.counts["attention"] == models.LAYERS, report
-    assert not report.eager_now
+    assert not report.eager_now and not report.delegated
     # Matching and proving a layer, attention and all else, is promised to take less than this.
     assert max(r["seconds"].get("match", 0.0) for r in report.regions) < 1.5
+
+
+def test_the_librarys_own_call_is_reported_as_left_to_it() -> None:
+    ours = fusewright.optimize(models.build("llama"), lowering="fx")
+    train_step(ours, models.batch())
+    report = fusewright.report(ours)
+    assert report.delegated == {"attention": models.LAYERS}
+    assert f"left to it: attention {models.LAYERS}" in str(report)
 
 
 # --- look-alikes
