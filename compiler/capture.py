@@ -118,13 +118,12 @@ def _region_forward(cls: type[nn.Module], backend: Backend, session: Session) ->
         price = session.memory.price(self, session.paths.get(self, "?"), (args, kwargs))
         if price not in ways:
             ways[price] = compiled_forward(inner, backend)
-        if price != 0:
-            return session.call(backend.kind, self, ways[price], args, kwargs)
 
         def run(*args: Any) -> Any:
             return session.call(backend.kind, self, ways[price], args, kwargs)
 
-        return checkpoint(run, *args, use_reentrant=False)
+        with session.memory.around(session.paths.get(self, "?"), self, (args, kwargs)):
+            return run(*args) if price != 0 else checkpoint(run, *args, use_reentrant=False)
 
     return forward
 
@@ -189,6 +188,13 @@ def _cache_forced(kwargs: dict[str, Any]) -> bool:
     return bool(kwargs.get("use_cache")) or kwargs.get("past_key_values") is not None
 
 
+def _defers(session: Session) -> bool:
+    """Whether logits without a loss are deferred: not over several processes, whose wrappers hook the
+    outputs of a forward and take a weight away after it."""
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return session.options.logits == "chunked" and alone
+
+
 def _head_forward(cls: type[nn.Module], backend: Backend, session: Session) -> Any:
     inner = modules.inner_forward(cls)
     compiled = compiled_forward(inner, backend)
@@ -201,7 +207,7 @@ def _head_forward(cls: type[nn.Module], backend: Backend, session: Session) -> A
             args, kwargs = named(args, kwargs)
         if training and has_cache and not _cache_forced(kwargs):
             kwargs["use_cache"] = False
-        if training and kwargs.get("labels") is not None:
+        if training and (kwargs.get("labels") is not None or _defers(session)):
             return session.call("head", self, compiled, args, kwargs)
         return inner(self, *args, **kwargs)
 

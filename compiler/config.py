@@ -28,7 +28,7 @@ VARIABLES = (
 _CHOICES = {
     "lowering": ("auto", "fx", "inductor"),
     "verify": ("first_step", "off"),
-    "logits": ("lazy", "eager"),
+    "logits": ("lazy", "chunked", "eager"),
 }
 
 

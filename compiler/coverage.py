@@ -62,6 +62,8 @@ def report(session: Session, model: nn.Module | None = None) -> CoverageReport:
     out.coverage = sum(r.count for r in sites if r.status == "fired") / total if total else 0.0
     _cover(out, live)
     out._session = session
+    if session.memory is not None and session.memory.plan is not None:
+        out.predicted_peak = session.memory.plan.peak
     if not session.records:
         out.notes.append("nothing has been captured yet: regions are compiled at the first step")
     return out

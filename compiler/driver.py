@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from fusewright.runtime import module as modules
 from fusewright.runtime.op import register_all
 
 if TYPE_CHECKING:
+    from fusewright.compiler.planning.devices import Device
     from fusewright.compiler.planning.plan import Planner
 
 
@@ -59,9 +61,15 @@ def _memory(model: nn.Module, catalogue: Sequence[Pattern], session: Session) ->
 
         with modules.uninstalled(model):
             bare = without_weights(model)
-        return Planner(bare, text_inputs(bare), catalogue, device, sizes)
+        return Planner(bare, text_inputs(bare), catalogue, _where(model, device), sizes)
 
     return Memory(budget, device, planner, session.note)
+
+
+def _where(model: nn.Module, device: Device) -> Device:
+    """The device as the model sees it: from a CPU's memory nothing is moved to the host's."""
+    there = any(p.is_cuda for p in model.parameters())
+    return device if there else dataclasses.replace(device, host=0.0)
 
 
 def report(model: Any) -> explain.CoverageReport:

@@ -81,6 +81,7 @@ class CoverageReport:
         totals: the same keys for all captured regions together.
         parameters: "total", "trainable" and "bytes" of the model.
         layers: path of each region's module -> share of its bytes that lies in rewritten sites.
+        predicted_peak: bytes of the step's worst moment, where ``memory_budget`` had it planned.
         target: what the report is about: the model's class, and batch, sequence and the like.
     """
 
@@ -98,6 +99,7 @@ class CoverageReport:
     totals: dict[str, int] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     layers: dict[str, float] = field(default_factory=dict)
+    predicted_peak: float | None = None
     target: dict[str, Any] = field(default_factory=dict)
     delegated: dict[str, int] = field(default_factory=dict)
     _session: Session | None = field(default=None, repr=False, compare=False)

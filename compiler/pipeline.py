@@ -88,6 +88,11 @@ def _compile(
         session.require(storage.wishes(settle(rewritten, session), gm.graph, rewritten.graph))
     writer.graph("02_rewrite", rewritten)
     record.canonical, record.rewritten = canonical, rewritten
+    told = session.note if session.options.logits == "chunked" else None
+    if not record.matches and deferred is not None:
+        # Nothing but the logits is taken out: what is left runs as captured.
+        run = lower.lower(rewritten, example_inputs, "fx", device)
+        return _tracked(lazy.attach(run, deferred, told), session, record)
     if not record.matches:
         return _tracked(gm.forward, session, record)
     verified = session.options.verify == "first_step"
@@ -95,7 +100,7 @@ def _compile(
         record.foreseen = foresee(rewritten, canonical, example_inputs, verified, device)
     with _timed(record, "lower"):
         run = _lower(rewritten, example_inputs, session, record, device)
-    run = run if deferred is None else lazy.attach(run, deferred)
+    run = run if deferred is None else lazy.attach(run, deferred, told)
     if verified:
         plain = readable(canonical, session)
         run = _verified(run, (canonical, plain), rewritten, record, session, device)
@@ -179,9 +184,12 @@ def match_and_rewrite(
 ) -> lazy.Deferred | None:
     """Rewrite every proven and legal match in place; returns what is to be handed out lazily."""
     graph = gm.graph
-    wanted = session.options.logits == "lazy" and record.kind == "head"
+    wanted = session.options.logits != "eager" and record.kind == "head"
     deferrable = lazy.deferrable(graph) if wanted else frozenset()
     deferred = None
+    if session.options.logits == "chunked":
+        deferred = lazy.defer_projection(graph, deferrable)
+        deferrable = frozenset() if deferred else deferrable
     for pattern in session.options.patterns:
         if hasattr(pattern, "prepare"):
             record.misses += pattern.prepare(graph)

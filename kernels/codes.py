@@ -37,7 +37,9 @@ def code(kind: str, device: torch.device) -> torch.Tensor:
 
 @functools.cache
 def _code(kind: str, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False), torch.no_grad():
+    # Kept for good, so it must not be what a mode that is active now makes of it, such as a fake tensor.
+    real = torch._C._DisableTorchDispatch()
+    with real, torch.inference_mode(False), torch.no_grad():
         if kind == "nf4":
             return torch.tensor(_NF4, dtype=torch.float32, device=device)
         half = torch.tensor(_FP4, dtype=torch.float32) / 12.0

@@ -61,6 +61,47 @@ _CASTS = {
 }
 
 
+def _computed(
+    compute: Callable[..., torch.Tensor], casts: Sequence[torch.dtype], leaves: Sequence[Any]
+) -> torch.Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        made = compute(*leaves)
+        for dtype in casts:
+            made = made.to(dtype)
+    return made
+
+
+def _real(lazy: LazyLogits) -> torch.Tensor:
+    return lazy.materialize()
+
+
+class _Connected(torch.autograd.Function):
+    """A lazy tensor as autograd's: whoever takes it past ``__torch_function__``, as another
+    ``autograd.Function`` does, sends its gradient here."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: list[LazyLogits], *leaves: Any) -> torch.Tensor:
+        tensors = [t if isinstance(t, torch.Tensor) else None for t in leaves]
+        ctx.save_for_backward(*tensors)
+        ctx.others = [None if isinstance(t, torch.Tensor) else t for t in leaves]
+        ctx.compute, ctx.casts = lazy[0]._compute, lazy[0]._casts  # not the tensor: that is a cycle
+        return lazy[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dlogits: torch.Tensor) -> Any:
+        wanted = ctx.needs_input_grad[1:]
+        leaves = [
+            other if t is None else t.detach().requires_grad_(w)
+            for t, other, w in zip(ctx.saved_tensors, ctx.others, wanted, strict=True)
+        ]
+        with torch.enable_grad():
+            made = _computed(ctx.compute, ctx.casts, leaves)
+        sources = [t for t, w in zip(leaves, wanted, strict=True) if w]
+        grads = iter(torch.autograd.grad(made, sources, dlogits, allow_unused=True))
+        return None, *(next(grads) if w else None for w in wanted)
+
+
 class LazyLogits(torch.Tensor):
     """A tensor that is computed when it is first used.
 
@@ -115,26 +156,37 @@ class LazyLogits(torch.Tensor):
         wants_grad = self._attached and torch.is_grad_enabled()
         if self._known is not None and (self._known.requires_grad or not wants_grad):
             return self._known if wants_grad else self._known.detach()
+        self._check()
+        leaves = self._leaves
+        if not self._attached:
+            leaves = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in leaves)
+        self._known = _computed(self._compute, self._casts, leaves)
+        return self._known
+
+    def _unchanged(self) -> bool:
         now = [t._version for t in self._leaves if isinstance(t, torch.Tensor)]
-        if now != self._versions:
+        return now == self._versions
+
+    def _check(self) -> None:
+        if not self._unchanged():
             raise RuntimeError(
                 "these logits were not computed in the forward pass, and the weights they are made "
                 'of have changed since; read them before the optimizer step, or pass logits="eager" '
                 "to fusewright.optimize"
             )
-        leaves = self._leaves
-        if not self._attached:
-            leaves = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in leaves)
-        with torch._C.DisableTorchFunctionSubclass():
-            known = self._compute(*leaves)
-            for dtype in self._casts:
-                known = known.to(dtype)
-            self._known = known
-        return self._known
+
+    def connected(self) -> LazyLogits:
+        """This tensor with a history in autograd, if it is attached and gradients are recorded."""
+        needed = any(isinstance(t, torch.Tensor) and t.requires_grad for t in self._leaves)
+        if not (self._attached and needed and torch.is_grad_enabled()):
+            return self
+        lazy: LazyLogits = _Connected.apply([self], *self._leaves)  # type: ignore[no-untyped-call]
+        return lazy
 
     def _derive(self, dtype: torch.dtype, attached: bool) -> LazyLogits:
         casts = self._casts if dtype == self.dtype else (*self._casts, dtype)
-        return LazyLogits(self._compute, self._leaves, self._sizes, dtype, attached, casts)
+        made = LazyLogits(self._compute, self._leaves, self._sizes, dtype, attached, casts)
+        return made.connected()
 
     @property
     def materialized(self) -> bool:
@@ -162,15 +214,23 @@ class LazyLogits(torch.Tensor):
             plain = func is torch.Tensor.to and len(args) == 2 and not kwargs
             if plain and isinstance(args[1], torch.dtype) and args[1].is_floating_point:
                 return lazy._derive(args[1], lazy._attached)
-        args, kwargs = tree_map_only(LazyLogits, LazyLogits.materialize, (args, kwargs))
+        answer = cls._answered(func, args, kwargs)
+        if answer is not NotImplemented:
+            return answer
+        args, kwargs = tree_map_only(LazyLogits, _real, (args, kwargs))
         return func(*args, **kwargs)
+
+    @classmethod
+    def _answered(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call gives without the tensor, or NotImplemented."""
+        return NotImplemented
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         # Reached by callers that bypass __torch_function__ (C++ code, autograd's own calls).
-        args, kwargs = tree_map_only(LazyLogits, LazyLogits.materialize, (args, kwargs or {}))
+        args, kwargs = tree_map_only(LazyLogits, _real, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -57,9 +58,9 @@ def test_numbers_reach_tensorboard_and_wandb(
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    model = fusewright.optimize(real_text.model(), lowering="fx")
+    model = fusewright.optimize(real_text.model(), lowering="fx", memory_budget="1GiB")
     trainer = _trainer(tmp_path / "run", model, ["tensorboard", "wandb"])
-    log = TrainingLog(peak_flops=1e12, predicted_peak=GIB / 2)
+    log = TrainingLog(peak_flops=1e12)
     assert log.add_to(trainer) is trainer
     trainer.train()
     summary = dict(wandb.run.summary)  # the last value of each series
@@ -79,12 +80,23 @@ def test_numbers_reach_tensorboard_and_wandb(
     report = fusewright.report(model)
     line = lines[-1]
     assert line["fusewright/coverage"] == report.coverage
-    assert line["fusewright/predicted_peak_gib"] == 0.5
+    assert report.predicted_peak is not None and 0 < report.predicted_peak < GIB
+    assert line["fusewright/predicted_peak_gib"] == report.predicted_peak / GIB
+    assert f"predicted peak {int(report.predicted_peak)} " in " ".join(report.notes)
     flops = report.totals["flops"] / (2 * 32)
     assert line["fusewright/mfu"] == pytest.approx(
         line["fusewright/tokens_per_second"] * flops / 1e12
     )
     assert not model._forward_pre_hooks
+
+
+def test_a_predicted_peak_that_is_given() -> None:
+    from fusewright.integrations import GIB, TrainingLog
+
+    log, logs = TrainingLog(predicted_peak=GIB / 2), {"loss": 1.0}
+    log._start_again()
+    log.on_log(None, SimpleNamespace(log_history=[]), None, logs)
+    assert logs["fusewright/predicted_peak_gib"] == 0.5
 
 
 def test_a_model_that_is_not_optimised(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -36,7 +37,8 @@ def adapted() -> Any:
 @pytest.fixture(scope="module")
 def planner() -> Planner:
     bare = without_weights(adapted())
-    return Planner(bare, text_inputs(bare), DEFAULT, DEVICES["h200"], (ROWS, LENGTH))
+    device = dataclasses.replace(DEVICES["h200"], host=0.0)  # as a model on a CPU is planned
+    return Planner(bare, text_inputs(bare), DEFAULT, device, (ROWS, LENGTH))
 
 
 @pytest.fixture(scope="module")
@@ -139,12 +141,8 @@ def test_gradient_checkpointing_is_satisfied_by_the_plan() -> None:
     session = driver._required(ours)
     plan = session.memory.plan
     layers = session.memory._planner.layers(ROWS, LENGTH)
-    footing = session.memory._planner.footing
     whole = [len(layer.front) - 1 for layer in layers]
-    assert plan.peak <= plan.budget
-    assert plan.budget <= timeline.needed(
-        timeline.peak(layers, whole, footing, ROWS, LENGTH), footing
-    )
+    assert plan.peak <= plan.budget <= session.memory._planner.checkpointed(ROWS, LENGTH)
     assert plan.again <= timeline.recompute(layers, whole)
     assert any("under a checkpoint" in note for note in session.notes)
     theirs = {m: m.__dict__["_gradient_checkpointing_func"] for m in checkpointed(ours)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +21,11 @@ F = nn.functional
 Use = Callable[[torch.Tensor], Any]
 
 
-@pytest.fixture(scope="module")
-def both() -> tuple[Any, Any]:
+@pytest.fixture(scope="module", params=["lazy", "chunked"])
+def both(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """(optimised, eager), with a softcap on the logits."""
     eager = models.build("gemma2")
-    return fusewright.optimize(models.twin(eager), lowering="fx"), eager
+    return fusewright.optimize(models.twin(eager), lowering="fx", logits=request.param), eager
 
 
 def _reloaded(x: torch.Tensor) -> torch.Tensor:
@@ -98,7 +99,7 @@ def test_costs_nothing_until_read(both: tuple[Any, Any]) -> None:
     assert isinstance(repr(logits), str)
     out.loss.backward()
     assert not logits.materialized
-    logits.sum()
+    logits.std()
     assert logits.materialized
     ours.zero_grad()
 
@@ -113,6 +114,20 @@ def test_reading_does_not_change_the_gradients(both: tuple[Any, Any]) -> None:
     got = {n: p.grad.clone() for n, p in ours.named_parameters()}
     training.assert_same_step(training.Step(out.loss.detach(), got), wanted)
     ours.zero_grad()
+
+
+class _Square(torch.autograd.Function):
+    """A loss that brings its own derivative, as a fused one does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x.detach().contiguous())
+        return x.detach().square().mean()
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * (dy / x.numel())
 
 
 def _distil(out: Any) -> torch.Tensor:
@@ -131,6 +146,8 @@ LOSSES: dict[str, Callable[[Any], torch.Tensor]] = {
     "preference": _preference,
     "beside the loss": lambda out: out.loss + 0.3 * _distil(out),
     "z loss": lambda out: out.loss + 1e-2 * out.logits.logsumexp(-1).square().mean(),
+    "own derivative": lambda out: _Square.apply(out.logits),
+    "own derivative of float": lambda out: out.loss + _Square.apply(out.logits.float()),
     "by key": lambda out: out["logits"].square().mean(),
     "by position": lambda out: out[1].square().mean(),
 }
@@ -147,6 +164,15 @@ def test_a_custom_loss_trains_the_model(both: tuple[Any, Any], loss: Any) -> Non
         steps.append(training.Step(value.detach(), grads))
         model.zero_grad()
     training.assert_same_step(*steps)
+
+
+def test_what_they_are_made_of_goes_with_them(both: tuple[Any, Any]) -> None:
+    ours, _ = both
+    out = ours(**models.batch())
+    held = [weakref.ref(t) for t in out.logits._leaves if type(t) is torch.Tensor]
+    assert held and all(ref() is not None for ref in held)
+    del out
+    assert all(ref() is None for ref in held)  # at once, not when cycles are collected
 
 
 def test_read_after_the_backward(both: tuple[Any, Any]) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 
 import models
 import pytest
+import quantised
 import torch
 import training
 
 import fusewright
 from fusewright.compiler import driver, foresee, pipeline, verify
-from fusewright.kernels import lora_products, room, thin
+from fusewright.kernels import codes, lora_products, room, thin
 from fusewright.kernels.early import Kernel, Pointer
 from fusewright.kernels.launcher import Launcher
 from fusewright.runtime import rehearsal
@@ -71,17 +72,25 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     library._destroy()
 
 
+def _model(mode: str) -> Any:
+    if mode == "4 bits":
+        pytest.importorskip("bitsandbytes")
+        return quantised.build(quantised.Form(compute=BF16, dtype=BF16), thin=BF16)
+    model = models.build("llama", layers=1).to(BF16)
+    return model if mode == "full" else models.with_lora(model).to(BF16)
+
+
 @pytest.mark.parametrize(
-    ("mode", "lowering"), [("lora", "fx"), ("room", "fx"), ("full", "fx"), ("room", "inductor")]
+    ("mode", "lowering"),
+    [("lora", "fx"), ("room", "fx"), ("4 bits", "fx"), ("full", "fx"), ("room", "inductor")],
 )
 def test_every_launch_was_foreseen(
     mode: str, lowering: str, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "serves", lambda *_: mode == "room")
+    monkeypatch.setattr(room, "serves", lambda *_: mode in ("room", "4 bits"))
     monkeypatch.setattr(verify, "_LARGEST", 8)  # of 16 tokens: the cut has sizes of its own
-    model = models.build("llama", layers=1).to(BF16)
-    if mode != "full":
-        model = models.with_lora(model).to(BF16)
+    codes._code.cache_clear()  # what is made once and kept must not be made on stand-ins
+    model = _model(mode)
     fusewright.optimize(model, lowering=lowering, verify="first_step")
     training.train_step(model, models.batch())
     assert all(r.symbolic for r in driver._required(model).records)

@@ -205,6 +205,29 @@ def test_dpo(tmp_path: Path, adapters: bool) -> None:
         assert [type(m) for m in references[0].modules()] == [type(m) for m in _model().modules()]
 
 
+def test_a_trainer_that_reads_the_logits(tmp_path: Path) -> None:
+    """CPO takes log-probabilities, a loss and a metric from them; they are never made."""
+    pytest.importorskip("trl.experimental.cpo")
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    trainers = []
+    for optimised in (True, False):
+        model = _model()
+        if optimised:
+            fusewright.optimize(model, lowering="fx", logits="chunked")
+        trainer = CPOTrainer(
+            model=model,
+            args=CPOConfig(**_settings(tmp_path, max_length=80)),
+            train_dataset=_data("pairs"),
+            processing_class=real_text.tokenizer(),
+        )
+        trainer.train()
+        trainers.append(trainer)
+    _assert_same(*trainers, "nll_loss", "logps/chosen", "logits/chosen", "rewards/margins")
+    _assert_rewritten(trainers[0].model)
+    assert not fusewright.report(trainers[0].model).notes  # none was computed as a whole
+
+
 def test_kto(tmp_path: Path) -> None:
     from trl import KTOConfig, KTOTrainer
 

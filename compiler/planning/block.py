@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,16 +29,24 @@ class Measure:
     """One way of running a block at one size: what it costs.
 
     Attributes:
-        saved: bytes kept from its forward to its backward.
+        saved: bytes kept on the device from its forward to its backward.
         forward, backward: bytes that are alive for the time of its forward or backward beyond what is
             saved, at the worst moment.
-        seconds: of what is run again.
+        seconds: of what is run again, and of what is waited for.
+        away: bytes that are in the host's memory from its forward to its backward; around these two
+            they are on the device, and those of its neighbour with them.
     """
 
     saved: float
     forward: float
     backward: float
     seconds: float
+    away: float = 0.0
+
+    @property
+    def most(self) -> float:
+        """Bytes at the block's worst moment, what it saves included."""
+        return self.saved + 2 * self.away + max(self.forward, self.backward)
 
 
 @dataclass(frozen=True)
@@ -49,11 +58,13 @@ class Choice:
         price: bytes of memory that a second is worth: what the cut was made with; 0 for the whole
             block from its input, infinity where nothing runs again.
         cut: what is saved and what runs again.
+        away: whether what is saved is in the host's memory until the backward.
     """
 
     name: str
     price: float
     cut: cuts.Cut
+    away: bool = False
 
 
 @dataclass
@@ -128,7 +139,9 @@ def build(joint: Joint, traced: tuple[int, int], device: Device, sizes: tuple[in
     ends = at(_HIGHEST), at(_LOWEST)
     found = [Choice(KEEP, math.inf, cuts.minimum(joint, cuts.keep)), *ends]
     _between(*ends, at, found, _DEPTH)
-    found.append(Choice(WHOLE, 0.0, _whole(joint)))
+    found.append(whole(joint))
+    if device.host:
+        found += [dataclasses.replace(c, name=f"{c.name}, offloaded", away=True) for c in found]
     block.choices = front(block, found, device, sizes)
     return block
 
@@ -145,25 +158,24 @@ def _between(
     _between(middle, low, at, found, depth - 1)
 
 
-def _whole(joint: Joint) -> cuts.Cut:
+def whole(joint: Joint) -> Choice:
     """Everything again from the block's inputs, as a gradient checkpoint runs it."""
     inputs = tuple(n for n in joint.forward if n.op == "placeholder")
     calls = tuple(n for n in joint.forward if n.op == "call_function" and n in joint.required)
-    return cuts.Cut(inputs, calls)
+    return Choice(WHOLE, 0.0, cuts.Cut(inputs, calls))
 
 
 def front(
     block: Block, found: Sequence[Choice], device: Device, sizes: tuple[int, int]
 ) -> list[Choice]:
-    """Those choices that no other beats in both memory and time, the fastest first."""
+    """Those choices that no other beats in time and in memory at every moment, the fastest first."""
     from fusewright.compiler.planning.liveness import measure
 
     measured = [(measure(block, c, device, *sizes), c) for c in found]
-    measured.sort(key=lambda pair: (pair[0].seconds, pair[0].saved))
-    kept: list[Choice] = []
-    least = math.inf
-    for measure_, choice in measured:
-        if measure_.saved < least:
-            kept.append(choice)
-            least = measure_.saved
-    return kept
+    measured.sort(key=lambda pair: (pair[0].seconds, pair[0].saved, pair[0].backward))
+    kept: list[tuple[Measure, Choice]] = []
+    for cost, choice in measured:
+        # What is alive while other layers run, and while this one does.
+        if all(cost.saved < k.saved or cost.most < k.most for k, _ in kept):
+            kept.append((cost, choice))
+    return [choice for _, choice in kept]

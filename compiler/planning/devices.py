@@ -29,6 +29,7 @@ class Device:
         attention, attention_backward: FLOP/s of fused causal attention.
         bandwidth: bytes/s of a copy, read and written bytes counted.
         launch: seconds that a kernel takes at least.
+        host: bytes/s to the host's pinned memory and back, each way; 0 where nothing is moved there.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Device:
     attention_backward: float
     bandwidth: float
     launch: float = 4e-6
+    host: float = 0.0
 
     def seconds(self, flops: float, moved: float) -> float:
         """Of a kernel that does ``flops`` and moves ``moved`` bytes: the slower of the two."""
@@ -45,10 +47,10 @@ class Device:
 
 
 DEVICES = {
-    "h200": Device("h200", int(139.8 * GIB), 690e12, 615e12, 474e12, 4.2e12),
-    "h100": Device("h100", int(79.1 * GIB), 640e12, 570e12, 440e12, 2.9e12),
-    "a100": Device("a100", int(79.2 * GIB), 250e12, 190e12, 150e12, 1.75e12),
-    "a100-40gb": Device("a100-40gb", int(39.4 * GIB), 250e12, 190e12, 150e12, 1.35e12),
+    "h200": Device("h200", int(139.8 * GIB), 690e12, 615e12, 474e12, 4.2e12, host=25e9),
+    "h100": Device("h100", int(79.1 * GIB), 640e12, 570e12, 440e12, 2.9e12, host=25e9),
+    "a100": Device("a100", int(79.2 * GIB), 250e12, 190e12, 150e12, 1.75e12, host=12e9),
+    "a100-40gb": Device("a100-40gb", int(39.4 * GIB), 250e12, 190e12, 150e12, 1.35e12, host=12e9),
 }
 
 

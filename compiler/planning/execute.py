@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from fusewright.compiler.partition import Asked
 from fusewright.compiler.planning.devices import Device
 from fusewright.compiler.planning.price import at_hints
 from fusewright.compiler.records import GraphRecord
+from fusewright.runtime.offload import Offload
 
 if TYPE_CHECKING:
     from fusewright.compiler.planning.plan import MemoryPlan, Planner
@@ -42,6 +44,7 @@ class Memory:
         self._make = planner
         self._planner: Planner | None = None
         self._failed = self._frugal = False
+        self._offload = Offload({})
 
     def price(self, module: nn.Module, path: str, given: Any) -> float | None:
         """The price of the block's cut, 0 for a checkpoint around it, None where nothing is planned.
@@ -71,12 +74,18 @@ class Memory:
             self._failed = True
             self.note(f"memory_budget: {error}; the blocks keep what they would without a budget")
             return
+        order = {path: place for place, path in enumerate(self.plan.prices)}
+        self._offload = Offload({path: order[path] for path in self.plan.offloaded})
         made = ", ".join(f"{count} x {name}" for name, count in self.plan.counts.items())
         self.note(
             f"memory_budget: for {sizes[0]} x {sizes[1]} tokens: {made}; predicted peak "
             f"{int(self.plan.peak)} of {self.plan.budget} bytes"
             + (", no more than with every block under a checkpoint" if frugal else "")
         )
+
+    def around(self, path: str, module: nn.Module, given: Any) -> AbstractContextManager[None]:
+        """The context of the forward of the block at ``path``: what it saves may go to the host."""
+        return self._offload.of(path, module, given)
 
     def asked(self, graph: fx.Graph, path: str, record: GraphRecord) -> Asked | None:
         """How the block that runs at ``path`` is to be split; None where nothing is planned."""

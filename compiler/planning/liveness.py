@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 from torch import fx
@@ -17,6 +18,8 @@ Numbers = dict[fx.Node, tuple[float, float, float]]
 
 def measure(block: Block, choice: Choice, device: Device, batch: int, sequence: int) -> Measure:
     """The cost of one way of running the block at one size."""
+    if choice.away:
+        return _away(block, choice, device, batch, sequence)
     numbers = block.numbers(batch, sequence)
     joint = block.joint
     kept = {base(n) for n in choice.cut.saved if ir.is_tensor(n)} - joint.free
@@ -38,6 +41,17 @@ def measure(block: Block, choice: Choice, device: Device, batch: int, sequence: 
 def within(block: Block) -> Choice:
     """How the graph inside of a checkpoint is cut: as without a budget."""
     return Choice("default", 0.0, cuts.minimum(block.joint))
+
+
+def _away(block: Block, choice: Choice, device: Device, batch: int, sequence: int) -> Measure:
+    """What is saved in the host's memory: copies that take longer than the block are waited for."""
+    plain = dataclasses.replace(choice, name=choice.name.partition(",")[0], away=False)
+    cost = measure(block, plain, device, batch, sequence)
+    copied = cost.saved / device.host
+    beside = forward_seconds(block, device, batch, sequence)
+    back = backward_seconds(block, device, batch, sequence) + cost.seconds
+    waited = max(0.0, copied - beside) + max(0.0, copied - back)
+    return Measure(0.0, cost.forward, cost.backward, cost.seconds + waited, cost.saved)
 
 
 def forward_seconds(block: Block, device: Device, batch: int, sequence: int) -> float:

@@ -46,6 +46,7 @@ class MemoryPlan:
         again: seconds of it that recompute what was not saved.
         layers: path -> name of its choice.
         prices: path -> the price that its cut was made with (bytes of memory a second is worth).
+        offloaded: paths of the layers whose saved values are in the host's memory in between.
         formulas: kind of choice -> bytes that a layer saves, over batch and sequence.
         timeline: the step's moments.
         table: budgets and what they give, from the most useful to the least that fits.
@@ -62,6 +63,7 @@ class MemoryPlan:
     again: float
     layers: dict[str, str]
     prices: dict[str, float]
+    offloaded: list[str]
     formulas: dict[str, str]
     timeline: list[Event]
     table: list[Row]
@@ -160,9 +162,7 @@ class Planner:
         self.sizes = batch, sequence = sizes or self.sizes
         layers = self.layers(batch, sequence)
         if frugal:
-            whole = [len(layer.front) - 1 for layer in layers]  # the least saved is the whole block
-            top = timeline.peak(layers, whole, self.footing, batch, sequence)
-            size = min(size, timeline.needed(top, self.footing))
+            size = min(size, self.checkpointed(batch, sequence))
         chosen = timeline.choose(layers, self.footing, batch, sequence, size)
         moments = timeline.events(layers, chosen, self.footing, batch, sequence)
         again = timeline.recompute(layers, chosen)
@@ -178,12 +178,22 @@ class Planner:
             again=again,
             layers=named,
             prices={p: c.price for (p, _), c in zip(self.blocks, picked, strict=True)},
+            offloaded=[p for (p, _), c in zip(self.blocks, picked, strict=True) if c.away],
             formulas={c.name: str(b.formula(c)) for _, b in self.blocks for c in b.choices},
             timeline=moments,
             table=self.table(layers),
             longest=self.longest(size),
             notes=self._notes(),
         )
+
+    def checkpointed(self, batch: int, sequence: int) -> int:
+        """The budget that a step with a checkpoint around every block needs."""
+        layers = []
+        for path, b in self.blocks:
+            cost = liveness.measure(b, blocks.whole(b.joint), self.device, batch, sequence)
+            layers.append(Layer(path, (cost,), 0.0))
+        top = timeline.peak(layers, [0] * len(layers), self.footing, batch, sequence)
+        return timeline.needed(top, self.footing)
 
     def table(self, layers: Sequence[Layer]) -> list[Row]:
         """What budgets between the least and the most useful give."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from fusewright.compiler.planning.footing import Footing
 
 FRAGMENTATION = 0.03  # of what comes and goes in a step, lost between blocks of the allocator
 _BUCKETS = 4096
+_DIVISIONS = 12
 
 
 class DoesNotFit(ValueError):
@@ -51,18 +53,21 @@ def events(
     fixed = footing.parameters + footing.optimizer
     picked = [layer.front[c] for layer, c in zip(layers, chosen, strict=True)]
     found, saved = [], float(rows)  # the embeddings' output
-    for layer, cost in zip(layers, picked, strict=True):
-        found.append(Event(f"forward {layer.path}", fixed + saved + cost.saved + cost.forward))
+    away = [0.0, *(cost.away for cost in picked)]  # of the layer before
+    for layer, cost, near in zip(layers, picked, away, strict=False):
+        here = saved + near + cost.away + cost.saved
+        found.append(Event(f"forward {layer.path}", fixed + here + cost.forward))
         saved += cost.saved
     # The last norm's input and output live with the loss.
-    head = 2 * rows + footing.head.peak(batch, sequence)
+    head = 2 * rows + away[-1] + footing.head.peak(batch, sequence)
     found.append(Event("head and loss", fixed + saved + head))
     outside = footing.gradients.get("", 0)
     gradients = float(outside)
-    for layer, cost in reversed(list(zip(layers, picked, strict=True))):
+    for layer, cost, near in reversed(list(zip(layers, picked, away, strict=False))):
         gradients += footing.gradients.get(layer.path, 0)
         flowing = fixed + gradients + rows  # the gradient that came down
-        found.append(Event(f"backward {layer.path}", flowing + saved + cost.backward))
+        here = saved + near + cost.away
+        found.append(Event(f"backward {layer.path}", flowing + here + cost.backward))
         saved -= cost.saved
     found.append(Event("optimizer step", fixed + gradients))
     return found
@@ -82,15 +87,24 @@ def needed(peak_bytes: float, footing: Footing) -> int:
 
 
 def smallest(layers: Sequence[Layer], footing: Footing, batch: int, sequence: int) -> list[int]:
-    """The choices of the least peak: each layer saves its least, or where that is better does less again."""
+    """The choices of the least peak, found kind by kind of layer: layers of a kind choose alike.
+
+    A smaller backward may be worth more than what the last layers save.
+    """
     lean = [len(layer.front) - 1 for layer in layers]
     best = peak(layers, lean, footing, batch, sequence)
-    for depth in range(1, max(len(layer.front) for layer in layers)):
-        # A smaller backward may be worth more than what the last layers save.
-        other = [max(0, len(layer.front) - 1 - depth) for layer in layers]
-        size = peak(layers, other, footing, batch, sequence)
-        if size < best:
-            lean, best = other, size
+    kinds = list(dict.fromkeys(layer.front for layer in layers))
+    searching = True
+    while searching:
+        searching = False
+        for kind in kinds:
+            for c in range(len(kind)):
+                other = [
+                    c if layer.front == kind else at for layer, at in zip(layers, lean, strict=True)
+                ]
+                size = peak(layers, other, footing, batch, sequence)
+                if size < best:
+                    lean, best, searching = other, size, True
     return _lower(layers, lean, footing, batch, sequence)
 
 
@@ -133,22 +147,50 @@ def choose(
     least = needed(peak(layers, lean, footing, batch, sequence), footing)
     if least > budget:
         raise DoesNotFit(budget, least)
-    low = sum(layer.front[c].saved for layer, c in zip(layers, lean, strict=True))
-    high = sum(layer.front[0].saved for layer in layers)
     best = lean
+
+    def better(chosen: list[int] | None) -> bool:
+        nonlocal best
+        if chosen is None:
+            return False
+        if needed(peak(layers, chosen, footing, batch, sequence), footing) > budget:
+            return False
+        if recompute(layers, chosen) <= recompute(layers, best):
+            best = chosen
+        return True
+
+    low = sum(min(c.saved for c in layer.front if not c.away) for layer in layers)
+    high = sum(layer.front[0].saved for layer in layers)
     for _ in range(12):
         room = (low + high) / 2
-        chosen = _knapsack(layers, room)
-        fits = chosen is not None and (
-            needed(peak(layers, chosen, footing, batch, sequence), footing) <= budget
-        )
-        if fits and chosen is not None:
+        if better(_knapsack(layers, room, lambda cost: not cost.away)):
             low = room
-            if recompute(layers, chosen) <= recompute(layers, best):
-                best = chosen
         else:
             high = room
+    if any(cost.away for layer in layers for cost in layer.front):
+        for room, beside in _divisions(layers, footing, batch * sequence, budget):
+            better(_knapsack(layers, room, functools.partial(_fits_beside, beside)))
     return best
+
+
+def _fits_beside(room: float, cost: Measure) -> bool:
+    return cost.most - cost.saved <= room
+
+
+def _divisions(
+    layers: Sequence[Layer], footing: Footing, tokens: int, budget: int
+) -> Iterator[tuple[float, float]]:
+    """Ways to divide what a budget leaves: for what all layers save, and for the one that runs.
+
+    What is moved to the host takes nothing of the first, but twice its size of the second.
+    """
+    stays = footing.parameters + footing.optimizer
+    most = (budget + FRAGMENTATION * stays) / (1 + FRAGMENTATION)
+    left = most - stays - footing.trained - tokens * footing.row
+    high = min(left, sum(layer.front[0].saved for layer in layers))
+    for part in range(_DIVISIONS + 1):
+        room = max(high, 0.0) * part / _DIVISIONS
+        yield room, left - room
 
 
 def recompute(layers: Sequence[Layer], chosen: Sequence[int]) -> float:
@@ -156,7 +198,9 @@ def recompute(layers: Sequence[Layer], chosen: Sequence[int]) -> float:
     return sum(layer.front[c].seconds for layer, c in zip(layers, chosen, strict=True))
 
 
-def _knapsack(layers: Sequence[Layer], room: float) -> list[int] | None:
+def _knapsack(
+    layers: Sequence[Layer], room: float, allowed: Callable[[Measure], bool]
+) -> list[int] | None:
     """The least recompute whose saved bytes come to at most ``room``; sizes are rounded up."""
     unit = max(room / _BUCKETS, 1.0)
     size = int(room // unit) + 1
@@ -168,7 +212,7 @@ def _knapsack(layers: Sequence[Layer], room: float) -> list[int] | None:
         pick = np.zeros(size, dtype=np.int16)
         for c, cost in enumerate(layer.front):
             weight = int(np.ceil(cost.saved / unit))
-            if weight >= size:
+            if weight >= size or not allowed(cost):
                 continue
             moved = np.full(size, np.inf)
             moved[weight:] = best[: size - weight] + cost.seconds

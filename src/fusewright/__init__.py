@@ -49,7 +49,8 @@ def optimize(
             :func:`plan`); a step that cannot fit raises before it runs. None runs cheap calls again.
         lowering: "fx" (plain FX, starts in seconds), "inductor", or "auto" (Inductor on a GPU).
         verify: "first_step" holds each region against float64 at its first step; "off" does not.
-        logits: "lazy" computes ``outputs.logits`` when they are read; "eager" always.
+        logits: "lazy" computes ``outputs.logits`` when they are read, "eager" always; "chunked" answers
+            what is asked of them some rows at a time, also where the model is given no labels.
         strict: raise where a region cannot be compiled or verified, instead of falling back.
 
     Raises:

@@ -52,7 +52,7 @@ class TrainingLog(TrainerCallback):  # type: ignore[misc]
     ``fusewright/tokens_per_second``   of this process since the last line, padding included
     ``fusewright/mfu``                 model FLOPs per second over ``peak_flops``; only where it is known
     ``fusewright/peak_memory_gib``     most bytes allocated on the GPU; without one, of the process
-    ``fusewright/predicted_peak_gib``  ``predicted_peak``, where it was given
+    ``fusewright/predicted_peak_gib``  of the plan for ``memory_budget``, or as it was given
     =================================  ===============================================================
 
     The model's FLOPs per token are those of the captured regions in one step, counted on the first
@@ -61,7 +61,8 @@ class TrainingLog(TrainerCallback):  # type: ignore[misc]
 
     Args:
         peak_flops: the device's peak in FLOP/s; by default from :data:`PEAK_FLOPS`, by its name.
-        predicted_peak: bytes, logged beside the measured peak.
+        predicted_peak: bytes, logged beside the measured peak; by default the plan's that the model was
+            optimised with, which is made for the first batch.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class TrainingLog(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.peak_flops = peak_flops if peak_flops is not None else _peak_of_this_device()
         self.predicted_peak = predicted_peak
+        self._planned: float | None = None
         self._coverage = 0.0
         self._flops_per_token = 0.0
         self._tokens = self._first_batch = 0
@@ -109,7 +111,7 @@ class TrainingLog(TrainerCallback):  # type: ignore[misc]
         if self._since:
             return
         report = fusewright.report(model)
-        self._coverage = report.coverage
+        self._coverage, self._planned = report.coverage, report.predicted_peak
         self._flops_per_token = report.totals.get("flops", 0) / max(self._first_batch, 1)
         self._start_again()
 
@@ -123,8 +125,9 @@ class TrainingLog(TrainerCallback):  # type: ignore[misc]
             values["tokens_per_second"] = rate
             if self.peak_flops:
                 values["mfu"] = rate * self._flops_per_token / self.peak_flops
-        if self.predicted_peak is not None:
-            values["predicted_peak_gib"] = self.predicted_peak / GIB
+        predicted = self._planned if self.predicted_peak is None else self.predicted_peak
+        if predicted is not None:
+            values["predicted_peak_gib"] = predicted / GIB
         named = {f"fusewright/{name}": value for name, value in values.items()}
         logs.update(named)
         if state.log_history:
