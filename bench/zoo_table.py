@@ -208,7 +208,7 @@ hand. On this CPU it is not: in float32 its fast exponentials put gradients 1.2 
 float64, in bf16 the gradients of k and v at 512 tokens are 1.2 and 1.3 times as far. So here each site says so
 and stays; caps, sinks, learned biases, finite fills and dropout have reasons of their own.
 
-**Time to match.** Of one graph in float32 only rwkv's takes more than 1.5 s: its loop over 16 tokens is
+**Time to match.** In the fp32 mode only rwkv's takes more than 1.5 s: its loop over 16 tokens is
 unrolled in one layer, and at every step exponentials that are used twice are looked at as gated units. All the
 times are those of a machine with other work on it.
 
