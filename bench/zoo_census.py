@@ -159,6 +159,14 @@ def _keep_gated_units(model: nn.Module, census: Census) -> None:
     census.sites["glu"] = defaultdict(int, kept)
 
 
+def _maps_rows(module: nn.Module, args: Any, out: Any) -> bool:
+    """Whether a linear layer took rows to rows, as its adapter will: a grouped product does not."""
+    if not isinstance(module, nn.Linear) or not args or not isinstance(out, torch.Tensor):
+        return False
+    given, (height, width) = args[0].shape, module.weight.shape
+    return given[-1] == width and out.shape == (*given[:-1], height)
+
+
 @contextmanager
 def _followed(model: nn.Module, watch: _Watch) -> Iterator[list[str]]:
     """Keeps the stack of running modules, and the linears that ran."""
@@ -168,10 +176,6 @@ def _followed(model: nn.Module, watch: _Watch) -> Iterator[list[str]]:
     def enter(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             watch.stack.append(path)
-            # A subclass with a forward of its own (a grouped product) is no layer to adapt.
-            plain = getattr(type(module), "forward", None) is nn.Linear.forward
-            if plain or type(module).__name__ == "Conv1D":
-                linears.setdefault(path)
             tables = kwargs.get("position_embeddings")
             if _ATTENTION.search(type(module).__name__) and tables is not None:
                 watch.given_tables.add(path)
@@ -179,7 +183,9 @@ def _followed(model: nn.Module, watch: _Watch) -> Iterator[list[str]]:
         return hook
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
-        watch.stack.pop()
+        path = watch.stack.pop()
+        if type(module).__name__ == "Conv1D" or _maps_rows(module, args, out):
+            linears.setdefault(path)
 
     for path, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(enter(path), with_kwargs=True))

@@ -83,6 +83,8 @@ _EVERY_EXPERT = {
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 4),
     **dict.fromkeys(("top_k_experts", "topk", "moe_top_k", "router_top_k"), 4),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
+    # A sparse attention's indexer chooses tokens (or blocks of them) as a router chooses experts.
+    **dict.fromkeys(("index_topk", "index_topk_blocks", "indexer_budget", "index_budget"), 64),
 }
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
 _BOTH = {"full_attention": _MROPE, "sliding_attention": _MROPE}
@@ -159,7 +161,8 @@ def build(name: str, dtype: torch.dtype = torch.float32, every_expert: bool = Fa
     Args:
         name: a key of :func:`names`.
         dtype: of the parameters.
-        every_expert: choose all experts, so that rounding turns no choice over.
+        every_expert: choose all experts, and all tokens where an indexer chooses among them, so that
+            rounding turns no choice over.
     """
     try:
         return _build(name, dtype, every_expert, {})

@@ -152,12 +152,12 @@ from the same state on the same batch, on a CPU with plain FX lowering.
 
 - fp32: the first step's loss and every gradient within 1e-5 of eager's, relative by norm, and the
   losses of three steps of descent likewise. Where a model amplifies rounding, float64 decides: our
-  mean error is at most 1.1 of eager's in the median of 4 batches, or of 16 ("amplified" below). Where
-  rounding turned a choice of experts or tokens over, two of three other batches must be within the bound
-  ("choice").
+  mean error is at most 1.1 of eager's in the median of 4 batches, or of 16 ("amplified" below). The loss
+  itself has no such way out: beyond 1e-5 it is a failure.
 - bf16: the mean relative error of the loss and the gradients against float64 over 4 batches (16
   where those are not clear) is at most 1.02 of eager's, over those gradients of which eager has one
-  digit right. Every expert is chosen there, since rounding turns choices over.
+  digit right. Every expert, and every token that an indexer may choose, is chosen there, since
+  rounding turns choices over.
 - Each mode runs without and with gradient checkpointing. Adapters have dropout 0.05 in fp32.
 - Sites are counted by watching eager from outside (bench/zoo_census.py): norms, rotated tensors,
   modules with a gated unit, library losses. A type is whole if all its norms, rotations and gated
@@ -180,20 +180,37 @@ batches instead of 4: the ratio of our mean error to eager's is, with two standa
 routers' scores differed by up to 0.05 of 0.9 in every batch, and with adapters' dropout at 0 by nothing.
 It was a fault: a random draw that nobody reads had been removed, so that later dropout masks were others.
 Such draws have stayed in the graph since, and loss and gradients are within 1.3e-6; over 40 more batches
-not one row's choice of experts differs from eager's. No type in this table has needed the rule since.
+not one row's choice of experts differs from eager's. big_bird with adapters was off by 1e-3 in the loss of
+its first step alone: that step builds modules, which draws random numbers, and eager had taken it before.
+Both now start new. A rule that let a turned choice pass in float32 is gone: no type needs it.
+
+hy_v4 and glm_moe_dsa missed the bound in bf16 (1.8 and 1.1) while their indexers chose 4 tokens a row. Over
+16 batches the tokens chosen differ from float64's in 19 of 2048 rows with us and 20 with eager (hy_v4), in
+24 and 20 of 1536 (glm_moe_dsa), in other rows; our error in one batch was 18 times eager's where we alone
+had turned rows over, 0.2 of it where eager alone had. Where neither had, it is 0.86 to 0.96. With every
+token chosen the ratio over all batches is 0.94 and 0.91, and so they are measured now.
 
 **Gradients without a digit.** What is left out of the bf16 mean: the biases of keys, whose gradient is
 zero in exact arithmetic (bart, bert, opt: 2 of some 40 each), and queries and keys of one layer where the
 softmax is all but saturated (opt 3, whisper 3); none in gpt2, llama, qwen3_moe, mamba. Over 4 batches our
-error on just those tensors is 0.98 (bert) to 1.02 (bart) of eager's, at most 1.4 on any one.
+error on just those tensors is 0.98 (bert) to 1.02 (bart) of eager's, at most 1.4 on any one. Eager's own
+error there is a tenth of the gradient and more, so that they alone would decide a mean over tensors whose
+errors are near a hundredth.
 
 **Experts.** transformers runs them as grouped_mm unless told otherwise; there and in batched_mm the gated
 unit inside is rewritten, the router's softmax and top-k are left as they are. With
 `experts_implementation="eager"` they are a Python loop over `nonzero()`, which Dynamo leaves uncaptured: the
 report names each such module with the line of the break and how to run without a loop.
 
-**Attention** is as transformers chooses it, SDPA by default. Written out as products and a softmax (types
-without SDPA support) it is not rewritten.
+**Attention** is as transformers chooses it, SDPA by default, and is left to it. Written out as products and
+a softmax it is recognised (patterns/attention.py) and made SDPA's call where that is as exact on the device at
+hand. On this CPU it is not: in float32 its fast exponentials put gradients 1.2 to 5 times as far from
+float64, in bf16 the gradients of k and v at 512 tokens are 1.2 and 1.3 times as far. So here each site says so
+and stays; caps, sinks, learned biases, finite fills and dropout have reasons of their own.
+
+**Time to match.** In the fp32 mode only rwkv's takes more than 1.5 s: its loop over 16 tokens is
+unrolled in one layer, and at every step exponentials that are used twice are looked at as gated units. All the
+times are those of a machine with other work on it.
 
 **Left as they are:** a clip of a row's length (inkling2: no norm), a row divided by its length with a floor
 (zaya), an inverse root that scales a projection instead of its row (hy_v4), layers behind a graph break
@@ -247,7 +264,9 @@ def _missed_section(types: dict[str, Row]) -> list[str]:
     reasons: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for name, row in types.items():
         for miss in row["modes"].get(MODES[0], {}).get("missed", []):
-            reasons[miss["pattern"], miss["reason"]][name] += miss["count"]
+            # One reason for a loop that is unrolled: its nodes differ in their number alone.
+            alike = re.sub(r"'(\w+?)_\d+'", r"'\1'", miss["reason"])
+            reasons[miss["pattern"], alike][name] += miss["count"]
     lines = [
         "## Looked at and left alone",
         "",
@@ -311,9 +330,7 @@ def _cell(own: Row | None) -> str:
         value = part.get("ratio", part.get("largest"))
         text = "–" if value is None else f"{value:.3f}" if "ratio" in part else f"{value:.0e}"
         if part["status"] == "same":
-            text += " amplified" * bool(part.get("amplified")) + " choice" * bool(
-                part.get("choice")
-            )
+            text += " amplified" * bool(part.get("amplified"))
         bad = part.get("status") in ("broken", "differs")
         shown.append(f"**{text}**" if bad else text)
     return ", ".join(shown)

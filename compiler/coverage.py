@@ -55,6 +55,8 @@ def report(session: Session, model: nn.Module | None = None) -> CoverageReport:
         if row.status == "fired":
             counts[row.pattern] += row.count
     out.counts = dict(counts)
+    calls = sum(shares.library_calls(r) * len(r.modules) for r in live)
+    out.delegated = {shares.ATTENTION: calls} if calls else {}
     sites = [r for r in out.rows if not r.refines]
     total = sum(r.count for r in sites)
     out.coverage = sum(r.count for r in sites if r.status == "fired") / total if total else 0.0

@@ -66,6 +66,8 @@ class CoverageReport:
 
     Attributes:
         counts: pattern -> instances rewritten in the whole model.
+        delegated: family -> calls that the code already makes to a library's own kernel, and that are
+            left to it: attention, whatever its mask or window.
         rows: one row per kind of site, fired first.
         graph_breaks: where Dynamo stopped, with the user's source line.
         eager_now: path of each region's module that runs un-rewritten now -> why.
@@ -99,6 +101,7 @@ class CoverageReport:
     layers: dict[str, float] = field(default_factory=dict)
     predicted_peak: float | None = None
     target: dict[str, Any] = field(default_factory=dict)
+    delegated: dict[str, int] = field(default_factory=dict)
     _session: Session | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:

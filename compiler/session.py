@@ -188,8 +188,19 @@ class Session:
         if record.kind != "block" or level == "torch" or not torch.is_grad_enabled():
             return None
         if getattr(self._module, "gradient_checkpointing", False):
-            level = "keep"
+            level = self._level_of_the_forward() or "keep"
         return Asked.of(gm.graph, level, lambda chosen: setattr(record, "partitioned", chosen))
+
+    def _level_of_the_forward(self) -> str | None:
+        """Within a recompute, how the block that it repeats was split; None anywhere else.
+
+        A recompute may meet another state (keys that the first run left behind) and be compiled anew,
+        and must save what the forward pass has saved.
+        """
+        if torch._C._current_graph_task_id() == -1:
+            return None
+        before = [r.partitioned for r in self.current.get(self._running, ()) if r.partitioned]
+        return before[-1].level if before else None
 
     def entering(self, path: str) -> None:
         """What runs next is the region at ``path``."""

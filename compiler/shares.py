@@ -85,6 +85,12 @@ def of_record(record: GraphRecord) -> Shares:
     return found
 
 
+def library_calls(record: GraphRecord) -> int:
+    """How often the code itself calls the library's attention."""
+    graph = record.canonical.graph if record.canonical is not None else None
+    return len(graph.find_nodes(op="call_function", target=_ATTENTION)) if graph else 0
+
+
 def _shares(record: GraphRecord) -> Shares:
     nothing = [Share() for _ in record.matches], [Share() for _ in record.misses]
     if record.canonical is None:

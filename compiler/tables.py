@@ -60,6 +60,9 @@ def _summary(report: CoverageReport) -> list[str]:
         about["parameters"] = f"{sizes}, {size(count['bytes'])}"
     if about:
         lines.append(", ".join(str(v) if k == "model" else f"{k} {v}" for k, v in about.items()))
+    if report.delegated:
+        left = ", ".join(f"{name} {n}" for name, n in report.delegated.items())
+        lines.append(f"calls of a library's own kernel, left to it: {left}")
     total = report.totals
     if total.get("bytes"):
         lines.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fusewright.compiler.match import Pattern
 from fusewright.patterns.activation import Activation
 from fusewright.patterns.add_rms_norm import AddRMSNorm
+from fusewright.patterns.attention import Attention
 from fusewright.patterns.cross_entropy import CrossEntropy, LinearCrossEntropy
 from fusewright.patterns.gated_rms_norm import GatedRMSNorm
 from fusewright.patterns.glu import GLU
@@ -29,5 +30,6 @@ DEFAULT: tuple[Pattern, ...] = (
     GatedRMSNorm(),
     AddRMSNorm(),  # a projection and its adapter are a sum too: the adapter goes first
     QKNormRoPE(),
+    Attention(),
     Activation(),
 )

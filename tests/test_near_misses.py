@@ -12,6 +12,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import test_patterns_attention
 import test_patterns_cross_entropy
 import test_patterns_glu_near
 import test_patterns_layer_norm
@@ -25,6 +26,7 @@ from near_blocks import ITSELF, LEFT, NEAR_BLOCKS, OPS, WIDTH, Block
 from torch import nn
 
 FAMILIES = (
+    test_patterns_attention,
     test_patterns_cross_entropy,
     test_patterns_glu_near,
     test_patterns_layer_norm,
