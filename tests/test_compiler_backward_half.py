@@ -16,6 +16,9 @@ from torch import fx
 import fusewright
 from fusewright.compiler import gated_backward, ir, partition, residual_backward
 from fusewright.kernels import room
+from fusewright.runtime.op import register_all
+
+register_all()
 
 
 def stepped(
