@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import models
 import pytest
 import torch
 import training
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fusewright
 
@@ -76,8 +74,12 @@ def test_lora_bfloat16_inductor(name: str, dtype: torch.dtype) -> None:
     training.assert_model_not_worse(found, f"{name} LoRA {dtype}")
 
 
-def test_a_real_shape_follows_eager() -> None:
-    """A 1B-shape Llama with LoRA through Inductor: 20 steps, eager's losses up to its own roundings."""
+def test_a_real_shape_follows_float32() -> None:
+    """A 1B-shape Llama with LoRA through Inductor: 20 steps, no further from float32 than eager.
+
+    Eager is no measure of its own: while an adapter is small it rounds most of its part of y away
+    (docs/lora.md), and its curve lags.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -94,11 +96,7 @@ def test_a_real_shape_follows_eager() -> None:
     )
     ids = torch.randint(10, 128256, (2, 1024), generator=torch.Generator().manual_seed(5)).cuda()
 
-    def curve(optimized: bool, attention: SDPBackend | None = None) -> list[float]:
-        with nullcontext() if attention is None else sdpa_kernel(attention):
-            return run(optimized)
-
-    def run(optimized: bool) -> list[float]:
+    def curve(optimized: bool = False, exact: bool = False) -> list[float]:
         torch.manual_seed(0)
         with torch.device("cuda"):
             torch.set_default_dtype(torch.bfloat16)
@@ -107,6 +105,8 @@ def test_a_real_shape_follows_eager() -> None:
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         settings = LoraConfig(r=16, lora_alpha=16, target_modules=targets)
         model = get_peft_model(model, settings).train()
+        if exact:
+            model.float()
         if optimized:
             fusewright.optimize(model, lowering="inductor")
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -125,10 +125,10 @@ def test_a_real_shape_follows_eager() -> None:
     def apart(these: list[float], those: list[float]) -> float:
         return max(abs(a - b) / a for a, b in zip(these, those, strict=True))
 
-    # In bfloat16 the curves of one model part by their roundings, and the steeper the further: eager
-    # under another attention kernel, which is eager too, says how far.
-    eager, ours = curve(False), curve(True)
-    worst, rounding = apart(eager, ours), apart(eager, curve(False, SDPBackend.MATH))
-    print(f"losses {eager[0]:.4f} -> {eager[-1]:.4f}, apart {worst:.1e}, of eager {rounding:.1e}")
-    print([f"{(b - a) / a:.1e}" for a, b in zip(eager, ours, strict=True)])
-    assert worst <= max(1e-3, 1.5 * rounding)
+    assert not torch.backends.cuda.matmul.allow_tf32
+    exact, eager, ours = curve(exact=True), curve(), curve(optimized=True)
+    print(f"losses {exact[0]:.4f} -> {exact[-1]:.4f}")
+    for name, found in (("eager", eager), ("ours", ours)):
+        print(name, [f"{(b - a) / a:.1e}" for a, b in zip(exact, found, strict=True)])
+    assert apart(exact, ours) <= apart(exact, eager)
+    assert apart(exact, ours) <= 1e-3

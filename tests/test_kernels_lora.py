@@ -373,3 +373,30 @@ def test_room_pays_for_16_bits_on_a_device() -> None:
     device = torch.device("cuda")
     assert room.serves(device, BF16) and room.serves(device, FP16)
     assert not room.serves(device, FP32) and not room.serves(torch.device("cpu"), BF16)
+
+
+def _kept(y: torch.Tensor, base: torch.Tensor, part: torch.Tensor) -> float:
+    """How much of the adapters' part is in y: 1 where nothing of it was lost."""
+    return float(((y.double() - base) * part).sum() / part.square().sum())
+
+
+def test_a_small_adapter_is_not_rounded_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of Adam makes B of one size; PEFT adds what it gives to a y that is rounded already."""
+    monkeypatch.setitem(globals(), "WIDTH", 256)
+    monkeypatch.setitem(globals(), "HEIGHTS", (256, 64, 64))
+    adapters = tuple((j, 16, -1) for j in range(3))
+    case = Case.draw(1, BF16, FP32, adapters, lead=(2, 32))
+    for up, down in zip(case.up, case.down, strict=True):
+        up.data = up.data.sign() * 2e-4
+        down.data *= 0.1
+    true = case.double()
+    base = torch.cat([F.linear(true.x, w) for w in true.weights], -1)
+    part = torch.cat(true.formula(), -1) - base
+    group = [
+        [t.detach() if isinstance(t, torch.Tensor) else t for t in v] if isinstance(v, list) else v
+        for v in case.with_room().group()
+    ]
+    group[0] = case.x.detach()
+    (y,), _ = lora.device_fwd(*group, [sum(HEIGHTS)], BF16, False, False)
+    assert 0.8 < _kept(y, base.detach(), part.detach()) < 1.2
+    assert _kept(torch.cat(case.formula(), -1).detach(), base.detach(), part.detach()) < 0.2
