@@ -112,13 +112,13 @@ def adapted() -> Any:
 
 
 def test_a_plan_goes_below_what_a_checkpoint_needs() -> None:
-    """A slow host is waited for, a fast one is not; what is moved is not counted as saved."""
+    """Behind a fast host nothing is waited for; what is moved is not counted as saved."""
     bare = without_weights(adapted())
     budgets: dict[float, int] = {}
     moved: dict[float, int] = {}
     spent: dict[float, float] = {}
     device = dataclasses.replace(DEVICES["h200"], launch=1e-9)
-    for host in (0.0, 1e9, 1e15):
+    for host in (0.0, 1e15):
         planner = Planner(
             bare, text_inputs(bare), DEFAULT, dataclasses.replace(device, host=host), (64, 512)
         )
@@ -130,10 +130,9 @@ def test_a_plan_goes_below_what_a_checkpoint_needs() -> None:
         # Nothing is waited for where the host is fast: all is kept there sooner than run again.
         roomy = planner.plan(int(1.4 * budgets[0.0]))
         spent[host] = roomy.again
-    assert budgets[1e15] <= budgets[1e9] <= budgets[0.0]
     assert budgets[1e15] < budgets[0.0]
     assert moved[0.0] == 0 < moved[1e15]
-    assert spent[1e15] < spent[0.0] and spent[1e9] <= spent[0.0]
+    assert spent[1e15] < spent[0.0]
 
 
 def test_a_model_trains_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:

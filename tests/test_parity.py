@@ -73,6 +73,9 @@ class Pair:
         return Counter((r["kind"], r["region"]) for r in found)
 
 
+_LONG = ("falcon_h1",)  # its scan is a loop over the tokens: half a minute a test
+
+
 def _groups(names: tuple[str, ...]) -> list[Any]:
     """One worker takes all tests of an architecture, so that its models are built once."""
     return [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in names]
@@ -194,8 +197,9 @@ def _adapters(name: str) -> list[Any]:
     every.append((torch.bfloat16, 0.05))
     marks = [pytest.mark.xdist_group(name)]
     rare = [] if name in ("llama", "gemma2") else [pytest.mark.slow]
+    few = 1 if name in _LONG else 2
     return [
-        pytest.param(name, dtype, dropout, marks=marks + (rare if i >= 2 else []))
+        pytest.param(name, dtype, dropout, marks=marks + (rare if i >= few else []))
         for i, (dtype, dropout) in enumerate(every)
     ]
 
@@ -218,7 +222,13 @@ def test_lora_bfloat16(which: str, dtype: torch.dtype, dropout: float) -> None:
             assert counts["lora"] == len(adapted)
 
 
-@pytest.mark.parametrize("which", _groups(("llama", "gemma2", "falcon_h1", "bloom")))
+@pytest.mark.parametrize(
+    "which",
+    [
+        pytest.param(n, marks=[pytest.mark.xdist_group(n), *[pytest.mark.slow] * (n in _LONG)])
+        for n in ("llama", "gemma2", "falcon_h1", "bloom")
+    ],
+)
 def test_padded_rows(which: str) -> None:
     batch = models.batch(6)
     batch["attention_mask"][1, -5:] = 0

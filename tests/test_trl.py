@@ -134,7 +134,8 @@ SFT: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-_SLOW = ("dft", "padding_free")  # padding-free is what packing does, with more in a row
+# Padding-free is what packing does, with more in a row; completions are masked as an assistant's turns.
+_SLOW = ("dft", "padding_free", "completion")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,9 @@ def test_sft_with_adapters_and_evaluation(tmp_path: Path) -> None:
     _assert_rewritten(ours.model, lora=7 * models.LAYERS)
 
 
-@pytest.mark.parametrize("adapters", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "adapters", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "lora"]
+)
 def test_dpo(tmp_path: Path, adapters: bool) -> None:
     """With a reference model of its own, or the policy without its adapters."""
     from trl import DPOConfig, DPOTrainer
