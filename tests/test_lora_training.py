@@ -96,7 +96,8 @@ def test_a_model_of_a_billion(layers: int, vocab: int) -> None:
         model.train()
         if optimized:
             fusewright.optimize(model, lowering="inductor")
-        curves.append(losses(model, batches, rate=1e-3))
+        # At 1e-3 float32's own rounding grows to 1.002e-5 along the curve.
+        curves.append(losses(model, batches, rate=5e-4))
         if optimized:
             assert adapted_layers(model) == 7 * layers
         del model
