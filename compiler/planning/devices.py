@@ -47,8 +47,8 @@ class Device:
 
 
 DEVICES = {
-    "h200": Device("h200", int(139.8 * GIB), 690e12, 615e12, 474e12, 4.2e12, host=25e9),
-    "h100": Device("h100", int(79.1 * GIB), 640e12, 570e12, 440e12, 2.9e12, host=25e9),
+    "h200": Device("h200", int(139.8 * GIB), 690e12, 615e12, 474e12, 4.2e12, host=40e9),
+    "h100": Device("h100", int(79.1 * GIB), 640e12, 570e12, 440e12, 2.9e12, host=40e9),
     "a100": Device("a100", int(79.2 * GIB), 250e12, 190e12, 150e12, 1.75e12, host=12e9),
     "a100-40gb": Device("a100-40gb", int(39.4 * GIB), 250e12, 190e12, 150e12, 1.35e12, host=12e9),
 }
