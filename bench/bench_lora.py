@@ -278,43 +278,71 @@ def memory() -> list[dict[str, Any]]:
     return out
 
 
-def main() -> None:
-    """Measure, write JSON, print tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def run(
+    name: str,
+    doc: str | None,
+    budget: float,
+    settings_of: Callable[[bool, bool], list[Setting]],
+    warm: Callable[..., None],
+    row_of: Callable[..., Any],
+    facts: Callable[[], dict[str, Any]] = dict,
+) -> dict[str, Any]:
+    """Compile in processes, measure setting after setting within the budget, write JSON after each.
+
+    Args:
+        name: of the script, which the file's command names.
+        doc: what ``--help`` says.
+        budget: seconds unless the command line says others.
+        settings_of: (quick, dry) -> what to measure, the most telling first.
+        warm: compiles some (setting, place of a layer).
+        row_of: a setting and repeats -> its row.
+        facts: what else the file holds.
+    """
+    parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("out")
-    parser.add_argument("--budget", type=float, default=140.0, help="seconds, compilation included")
+    parser.add_argument(
+        "--budget", type=float, default=budget, help="seconds, compilation included"
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--dry", action="store_true", help="tiny shapes, on whatever is here")
     options = parser.parse_args()
     begin = time.monotonic()
-    cases = settings(options.quick, options.dry)
+    cases = settings_of(options.quick, options.dry)
     if place.ON_GPU:
-        in_processes(_compile, [(case, at) for case in cases for at in range(4)])
+        in_processes(warm, [(case, at) for case in cases for at in range(4)])
         print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
     register_all()
     torch.manual_seed(0)
     found: dict[str, Any] = {
-        "command": "PYTHONPATH=src python bench/bench_lora.py OUT.json",
+        "command": f"PYTHONPATH=src python bench/{name} OUT.json",
         "device": place.name(),
         "torch": torch.__version__,
-        "memory": memory(),
+        **facts(),
         "rows": [],
     }
     for case in cases:
         if time.monotonic() - begin > options.budget:
             print("out of time before", *case)
             continue
-        found["rows"].append(measure(*case, repeats=1 if options.dry else 12))
+        found["rows"].append(row_of(*case, repeats=1 if options.dry else 12))
         if place.ON_GPU:
             torch.cuda.empty_cache()
         with open(options.out, "w") as file:
             json.dump(found, file, indent=1)
+    print(f"measured in {time.monotonic() - begin:.0f} s")
+    return found
+
+
+def main() -> None:
+    """Measure, write JSON, print tables."""
+    found = run(
+        "bench_lora.py", __doc__, 140.0, settings, _compile, measure, lambda: {"memory": memory()}
+    )
     for row in found["rows"]:
         parts = {k: f"{o / b:.3f}" for k, (b, o) in row["groups"].items()}
         print(row["shape"], row["rows"], row["r"], row["adapters"], parts)
     print(table(found["rows"], COLUMNS))
     print({f"{m['shape']} r={m['r']}": f"{m['growth']:.2%}" for m in found["memory"]})
-    print(f"{time.monotonic() - begin:.0f} s")
 
 
 if __name__ == "__main__":

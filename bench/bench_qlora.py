@@ -10,12 +10,8 @@ JSON is written after every row; ``--dry`` makes every step at tiny shapes, with
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from typing import Any
 
-import place
 import torch
 import torch.nn.functional as F
 from bench_lora import (
@@ -26,10 +22,10 @@ from bench_lora import (
     Setting,
     agree,
     graph,
-    in_processes,
     interleaved,
     layers,
     pool_of_graphs,
+    run,
 )
 from roofline import table
 
@@ -158,8 +154,8 @@ def measure(shape: str, rows: int, rank: int, adapters: torch.dtype, repeats: in
     """One layer of a model's shape: every contender over ``base``."""
     cases = [Quantised(Case.make(k, rows, rank, torch.bfloat16, adapters)) for k in layers(shape)]
     ours, pool = [c.ours() for c in cases], pool_of_graphs()
-    for case, run in zip(cases, ours, strict=True):
-        agree(run, case.peft)
+    for case, one in zip(cases, ours, strict=True):
+        agree(one, case.peft)
     with torch.no_grad():
         runs = {
             "base": graph(lambda: [c.base() for c in cases], pool),
@@ -175,36 +171,8 @@ def measure(shape: str, rows: int, rank: int, adapters: torch.dtype, repeats: in
 
 def main() -> None:
     """Measure, write JSON, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out")
-    parser.add_argument("--budget", type=float, default=55.0, help="seconds, compilation included")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--dry", action="store_true", help="tiny shapes, on whatever is here")
-    options = parser.parse_args()
-    begin = time.monotonic()
-    cases = settings(options.quick, options.dry)
-    if place.ON_GPU:
-        in_processes(_compile, [(case, at) for case in cases for at in range(4)])
-        print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
-    register_all()
-    torch.manual_seed(0)
-    found: dict[str, Any] = {
-        "command": "PYTHONPATH=src python bench/bench_qlora.py OUT.json",
-        "device": place.name(),
-        "torch": torch.__version__,
-        "rows": [],
-    }
-    for case in cases:
-        if time.monotonic() - begin > options.budget:
-            print("out of time before", *case)
-            continue
-        found["rows"].append(measure(*case, repeats=1 if options.dry else 12))
-        if place.ON_GPU:
-            torch.cuda.empty_cache()
-        with open(options.out, "w") as file:
-            json.dump(found, file, indent=1)
+    found = run("bench_qlora.py", __doc__, 55.0, settings, _compile, measure)
     print(table(found["rows"], COLUMNS))
-    print(f"{time.monotonic() - begin:.0f} s")
 
 
 if __name__ == "__main__":

@@ -54,15 +54,7 @@ class RowLogits(LazyLogits):
     """
 
     @staticmethod
-    def __new__(
-        cls,
-        rows: Rows,
-        row: Row,
-        dtype: torch.dtype,
-        attached: bool,
-        told: Callable[[str], None],
-        call: Call | None = None,
-    ) -> Self:
+    def __new__(cls, rows: Rows, row: Row, dtype: torch.dtype, *_: Any, **__: Any) -> Self:
         return super().__new__(cls, rows.post, [rows.x], _sizes(rows), dtype)
 
     def __init__(

@@ -66,6 +66,11 @@ class Choice:
     cut: cuts.Cut
     away: bool = False
 
+    @property
+    def label(self) -> str:
+        """The name, with where the saved values wait."""
+        return f"{self.name}, offloaded" if self.away else self.name
+
 
 @dataclass
 class Block:
@@ -141,7 +146,7 @@ def build(joint: Joint, traced: tuple[int, int], device: Device, sizes: tuple[in
     _between(*ends, at, found, _DEPTH)
     found.append(whole(joint))
     if device.host:
-        found += [dataclasses.replace(c, name=f"{c.name}, offloaded", away=True) for c in found]
+        found += [dataclasses.replace(c, away=True) for c in found]
     block.choices = front(block, found, device, sizes)
     return block
 

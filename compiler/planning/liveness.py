@@ -45,8 +45,7 @@ def within(block: Block) -> Choice:
 
 def _away(block: Block, choice: Choice, device: Device, batch: int, sequence: int) -> Measure:
     """What is saved in the host's memory: copies that take longer than the block are waited for."""
-    plain = dataclasses.replace(choice, name=choice.name.partition(",")[0], away=False)
-    cost = measure(block, plain, device, batch, sequence)
+    cost = measure(block, dataclasses.replace(choice, away=False), device, batch, sequence)
     copied = cost.saved / device.host
     beside = forward_seconds(block, device, batch, sequence)
     back = backward_seconds(block, device, batch, sequence) + cost.seconds

@@ -167,7 +167,7 @@ class Planner:
         moments = timeline.events(layers, chosen, self.footing, batch, sequence)
         again = timeline.recompute(layers, chosen)
         picked = [b.choices[c] for (_, b), c in zip(self.blocks, chosen, strict=True)]
-        named = {path: c.name for (path, _), c in zip(self.blocks, picked, strict=True)}
+        named = {path: c.label for (path, _), c in zip(self.blocks, picked, strict=True)}
         return MemoryPlan(
             device=self.device.name,
             batch=batch,
@@ -179,7 +179,7 @@ class Planner:
             layers=named,
             prices={p: c.price for (p, _), c in zip(self.blocks, picked, strict=True)},
             offloaded=[p for (p, _), c in zip(self.blocks, picked, strict=True) if c.away],
-            formulas={c.name: str(b.formula(c)) for _, b in self.blocks for c in b.choices},
+            formulas={c.label: str(b.formula(c)) for _, b in self.blocks for c in b.choices},
             timeline=moments,
             table=self.table(layers),
             longest=self.longest(size),
