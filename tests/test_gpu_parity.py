@@ -122,13 +122,10 @@ def test_a_real_shape_follows_float32() -> None:
             fusewright.report(model).require(rms_norm=33, rope=32, glu=16, linear_cross_entropy=1)
         return losses
 
-    def apart(these: list[float], those: list[float]) -> float:
-        return max(abs(a - b) / a for a, b in zip(these, those, strict=True))
-
     assert not torch.backends.cuda.matmul.allow_tf32
     exact, eager, ours = curve(exact=True), curve(), curve(optimized=True)
     print(f"losses {exact[0]:.4f} -> {exact[-1]:.4f}")
     for name, found in (("eager", eager), ("ours", ours)):
         print(name, [f"{(b - a) / a:.1e}" for a, b in zip(exact, found, strict=True)])
-    assert apart(exact, ours) <= apart(exact, eager)
-    assert apart(exact, ours) <= 1e-3
+    assert training.apart(exact, ours) <= training.apart(exact, eager)
+    assert training.apart(exact, ours) <= 1e-3

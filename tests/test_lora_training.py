@@ -7,6 +7,7 @@ from typing import Any
 import models
 import pytest
 import torch
+import training
 
 import fusewright
 from fusewright.kernels import room
@@ -28,12 +29,12 @@ def losses(model: Any, batches: list[dict[str, torch.Tensor]], rate: float) -> l
     return found
 
 
-def assert_follows(ours: list[float], eager: list[float]) -> None:
+def assert_follows(ours: list[float], wanted: list[float], bound: float = BOUND) -> None:
     """Every loss within the bound, and the model has learned, or any curve would do."""
-    worst = max(abs(a - b) / abs(b) for a, b in zip(ours, eager, strict=True))
-    print(f"losses {eager[0]:.4f} -> {eager[-1]:.4f}, worst relative difference {worst:.1e}")
-    assert eager[-1] < 0.98 * eager[0]
-    assert worst <= BOUND
+    worst = training.apart(wanted, ours)
+    print(f"losses {wanted[0]:.4f} -> {wanted[-1]:.4f}, worst relative difference {worst:.1e}")
+    assert wanted[-1] < 0.98 * wanted[0]
+    assert worst <= bound
 
 
 def adapted_layers(model: Any) -> int:
@@ -68,7 +69,10 @@ def test_a_small_model(served: bool, dropout: float, monkeypatch: pytest.MonkeyP
     ids=["two layers", "whole"],
 )
 def test_a_model_of_a_billion(layers: int, vocab: int) -> None:
-    """Rows, widths and ranks of a 1B model, two layers of it or all, in IEEE float32."""
+    """Rows, widths and ranks of a 1B model, two layers of it or all, in IEEE float32.
+
+    Held to float64: no further from it than 1e-5, or than eager where that is further itself.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -86,19 +90,27 @@ def test_a_model_of_a_billion(layers: int, vocab: int) -> None:
     )
     ids = torch.randint(10, vocab, (2, 1024), generator=torch.Generator().manual_seed(5)).cuda()
     batches = [{"input_ids": ids, "labels": ids}] * STEPS
-    curves = []
-    for optimized in (True, False):
+    curves = {}
+    for run in ("ours", "eager", "exact"):
         torch.manual_seed(0)
         with torch.device("cuda"):
             model: Any = LlamaForCausalLM(config)
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets))
         model.train()
-        if optimized:
+        if run == "ours":
             fusewright.optimize(model, lowering="inductor")
-        curves.append(losses(model, batches, rate=1e-3))
-        if optimized:
+        elif run == "exact":
+            model.double()
+        curves[run] = losses(model, batches, rate=1e-3)
+        if run == "ours":
             assert adapted_layers(model) == 7 * layers
         del model
         torch.cuda.empty_cache()
-    assert_follows(*curves)
+    exact, own, theirs = (curves[run] for run in ("exact", "ours", "eager"))
+    bound = max(BOUND, training.apart(exact, theirs))
+    print(f"eager from float64 {training.apart(exact, theirs):.1e}, bound {bound:.1e}")
+    if layers == 2:
+        assert_follows(own, theirs)
+    # Over 16 layers and a falling loss eager's own rounding grows to about the bound.
+    assert_follows(own, exact, bound)

@@ -146,3 +146,8 @@ def assert_model_not_worse(measured: Exactness, what: str = "", factor: float = 
     """The whole model is at most ``factor`` times as far from float64 as eager; prints both."""
     print(f"{what}: {measured}")
     assert measured.ratio <= factor, f"{what}: {measured}, allowed {factor}"
+
+
+def apart(reference: list[float], found: list[float]) -> float:
+    """The largest relative difference of two curves' losses."""
+    return max(abs(a - b) / abs(a) for a, b in zip(reference, found, strict=True))
