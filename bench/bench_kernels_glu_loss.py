@@ -24,7 +24,6 @@ from measured import BF16, COLUMNS, FORM, PLAIN, ROWS, late, liger, random, reco
 from place import DEVICE
 from roofline import (
     copy_bandwidth,
-    host_microseconds,
     milliseconds,
     peak_mebibytes,
     root_mean_square,
@@ -234,21 +233,6 @@ def bench_nf4(copy: float, shape: tuple[int, int]) -> None:
         record(name, shape, "forward", ms, copy=moved / ms / copy, error=error, **more)
 
 
-def bench_host() -> None:
-    """Microseconds of the host for one forward with grad."""
-    small = random(64, 256).requires_grad_()
-    both = random(64, 512).requires_grad_()
-    labels = torch.randint(256, (64,), device=DEVICE)
-    for name, run in (
-        ("glu", lambda: OPS.glu(small, small, "silu", BF16)),
-        ("glu_packed", lambda: OPS.glu_packed(both, "silu", True, False, BF16)),
-        ("activation", lambda: OPS.activation(small, "silu", BF16)),
-        ("cross_entropy", lambda: OPS.cross_entropy(small, labels, -100, "mean", *PLAIN)),
-        ("eager silu*up", lambda: F.silu(small) * small),
-    ):
-        record("host us", (), name, host_microseconds(run))
-
-
 TINY = {
     "glu": [(64, 96)],
     "packed": (64, 96),
@@ -279,7 +263,6 @@ def main() -> None:
     torch.manual_seed(0)
     copy = copy_bandwidth()
     print(f"{place.name()}: copy {copy / 1e9:.2f} TB/s", flush=True)
-    bench_host()
     bench_glu(copy, shapes["glu"][:most], not quick)
     bench_packed(copy, shapes["packed"])
     for at, (rows, vocab) in enumerate(shapes["losses"][:most]):

@@ -1,4 +1,4 @@
-"""Norms and rope on a GPU: bytes moved over copy bandwidth, errors, peers, memory, and host cost.
+"""Norms and rope on a GPU: bytes moved over copy bandwidth, errors, peers and memory.
 
     python bench/bench_kernels_norms.py OUT.json [--budget SECONDS] [--quick | --dry]
 
@@ -29,7 +29,6 @@ from roofline import (
     copy_bandwidth,
     fresh_bandwidth,
     fresh_milliseconds,
-    host_microseconds,
     table,
 )
 from row_case import RowCase, outputs_of
@@ -42,8 +41,10 @@ NORMS = [(k, d) for k in ("rms", "add") for d in ("forward", "dx", "dx+dw")]
 NORMS += [("layer", d) for d in ("forward", "dx+dw")]
 HEADS = ((32, 8, 128), (32, 8, 64), (64, 8, 128), (16, 16, 256), (32, 32, 96))
 QK_HEADS = ((32, 8, 128), (64, 8, 128))  # Qwen3 8B and 32B
-# (order, width, group): the heads of Qwen3-Next; Mamba-2 2.7B; Mamba-2 of 8192 in eight groups
-GATED = (("after", 4096, 128), ("before", 5120, 5120), ("before", 8192, 1024))
+# (order, width, group, rows a token): the heads of Qwen3-Next, as rows and as groups; Mamba-2 2.7B;
+# Mamba-2 of 8192 in eight groups
+GATED = (("after", 128, 128, 32), ("after", 4096, 128, 1), ("before", 5120, 5120, 1),
+         ("before", 8192, 1024, 1))  # fmt: skip
 DIRECTIONS = ("forward", "dx", "dx+dw")
 SUMMARY = ["name", "asked", "least", "at", "median", "enough", "ours", "eager", "compile", "liger",
            "MiB", "eager MiB", "error"]  # fmt: skip
@@ -52,8 +53,8 @@ SUMMARY = ["name", "asked", "least", "at", "median", "enough", "ours", "eager", 
 def cases(quick: bool, tiny: bool) -> Iterator[RowCase]:
     """Every case, the most telling shapes first."""
     if tiny:
-        yield from _shapes(64, (256, 300), ((4, 2, 64),), ((4, 2, 64),), (("after", 256, 64),
-                           ("before", 256, 256)))  # fmt: skip
+        yield from _shapes(64, (256, 300), ((4, 2, 64),), ((4, 2, 64),), (("after", 256, 64, 1),
+                           ("before", 256, 256, 1)))  # fmt: skip
         return
     yield from _shapes(
         16384, FEW if quick else WIDTHS, HEADS[:2] if quick else HEADS, QK_HEADS, GATED
@@ -70,7 +71,7 @@ def _shapes(rows: int, widths: Any, heads: Any, qk_heads: Any, gated: Any) -> It
     yield RopeCase("forward", rows, *heads[0], packed=True)
     for direction in DIRECTIONS:
         yield from (QkCase(direction, rows, *h) for h in qk_heads)
-        yield from (GatedCase(o, direction, rows, w, g) for o, w, g in gated)
+        yield from (GatedCase(o, direction, rows * n, w, g) for o, w, g, n in gated)
     yield QkCase("forward", rows, *qk_heads[0], packed=True)
 
 
@@ -167,22 +168,6 @@ def peers(tiny: bool, deadline: float) -> list[dict[str, Any]]:
     return rows
 
 
-def host() -> dict[str, float]:
-    """Microseconds of host time a call, on tensors so small that the GPU waits."""
-    small: list[RowCase] = [NormCase(k, "dx+dw", 8, 64) for k in ("rms", "add", "layer")]
-    small += [RopeCase("dx", 8, 2, 2, 64), GatedCase("after", "dx+dw", 8, 64, 64)]
-    small += [QkCase("dx+dw", 8, 2, 2, 64)]
-    cost = {}
-    for case in small:
-        leaves = case.leaves()
-        plain = [t.detach() for t in leaves]
-        short = case.name.split()[0]
-        cost[f"{short} with grad"] = host_microseconds(lambda c=case, a=leaves: c.op(*a))
-        cost[f"{short} without"] = host_microseconds(lambda c=case, a=plain: c.op(*a))
-        cost[f"{short} backward, host function"] = host_microseconds(case.ours())
-    return cost
-
-
 def _called(error: dict[str, Any]) -> str:
     """The kernel whose result an error is: the case's name with the result's own direction."""
     called = error["name"]
@@ -236,7 +221,6 @@ def main() -> None:
     chosen = list(cases(options.quick, tiny))
     steps: list[tuple[str, Callable[[], Any]]] = [
         ("errors", lambda: errors(tiny)),
-        ("host_us", host),
         ("peers", lambda: peers(tiny, begin + 0.6 * options.budget)),
         ("roofline", lambda: shares(chosen, copy, begin + options.budget)),
     ]
@@ -248,7 +232,6 @@ def main() -> None:
     worse = [e for e in found["errors"] if not e["ok"]]
     print(f"errors above eager's: {len(worse)} of {len(found['errors'])} results")
     print(table(worse[:8], ["name", "dtype", "rows", "width", "result", "ours", "eager"]))
-    print({k: round(v, 1) for k, v in found["host_us"].items()})
     print(
         "share of the copy bandwidth; microseconds, MiB and bf16 error over eager's at 16384x4096"
     )

@@ -1,6 +1,6 @@
 """Try tiles of the gated norm's and of the normed and rotated heads' kernels on a GPU.
 
-    python bench/sweep_gated_qk.py OUT.json [--rows 16384] [--budget SECONDS] [--dry]
+    python bench/sweep_gated_qk.py OUT.json [--rows 16384] [--budget SECONDS] [--narrow] [--dry]
 
 Prints the three best of each kernel and what the rules choose ("-", timed first and last: what comes
 first was seen to be slower than the same tile later). All variants are compiled first, in as many
@@ -33,7 +33,9 @@ from fusewright.kernels.norm_tiles import Tile
 from fusewright.kernels.qk_norm_rope_launch import Tile as HeadTile
 
 Case = GatedCase | QkCase
-GATED = (("after", 4096), ("before", 5120), ("before", 8192))
+# (order, width, group, rows a token): whole rows; then groups of columns, and heads as rows
+GATED = (("after", 4096, 4096, 1), ("before", 5120, 5120, 1), ("before", 8192, 8192, 1))
+NARROW = (("after", 4096, 128, 1), ("after", 128, 128, 32), ("before", 8192, 1024, 1))
 HEADS = ((32, 8), (64, 8))
 DIRECTIONS = ("forward", "dx", "dx+dw")
 NAMES = ("forward_tile", "backward_tile")
@@ -72,6 +74,16 @@ def _gated(order: str, width: int, direction: str) -> list[Tile]:
     return [*tiles, Tile(1, 8, 2, 2, True, again[-1], 1024), Tile(1, 32, 1, 2, False, again[-1])]
 
 
+def _narrow(group: int) -> list[Tile]:
+    """Tiles of several rows of a narrow group, which walk over the tokens."""
+    shapes = itertools.product((1024, 2048, 4096, 8192), (1, 2, 4, 8), (1, 2), (1, 2, 3))
+    return [
+        Tile(numbers // group, warps, few * 16 // warps, stages)
+        for numbers, warps, few, stages in shapes
+        if 8 <= numbers // (32 * warps) <= 32 and numbers // group >= 1 and few * 16 // warps <= 8
+    ]
+
+
 def _heads(direction: str) -> list[HeadTile]:
     """Tiles of heads of 128: 8 to 32 numbers a thread."""
     cuts = ((16, 4), (8, 2), (4, 1), (32, 8), (32, 4), (8, 4), (16, 2), (16, 8))
@@ -84,13 +96,19 @@ def _heads(direction: str) -> list[HeadTile]:
             HeadTile(16, 4, 6, False), HeadTile(16, 4, 8, False), HeadTile(32, 8, 2, True)]  # fmt: skip
 
 
-def jobs(rows: int, dry: bool) -> list[list[Job]]:
+def jobs(rows: int, dry: bool, narrow: bool) -> list[list[Job]]:
     """The cases with their tiles; a dry run has small cases and few tiles."""
     found = []
+    if narrow:
+        for order, width, group, each in NARROW:
+            cut = 1024 if dry else 1
+            case = GatedCase(order, "dx+dw", max(8, rows * each // cut), width, group)
+            found.append([Job(case, t) for t in _narrow(group)])
+        return [tiles[:2] if dry else tiles for tiles in found]
     for direction in DIRECTIONS:
-        for order, width in GATED:
+        for order, width, group, _ in GATED:
             shown = 64 if dry else width
-            gated = GatedCase(order, direction, rows, shown, shown)
+            gated = GatedCase(order, direction, rows, shown, 64 if dry else group)
             found.append([Job(gated, t) for t in _gated(order, width, direction)])
         for heads in HEADS:
             width = 32 if dry else 128
@@ -138,11 +156,12 @@ def _chosen(case: Case) -> tuple[int, ...]:
     forward, backward = RULES[
         gated_rms_norm_launch if isinstance(case, GatedCase) else qk_norm_rope_launch
     ]
+    width = case.group if isinstance(case, GatedCase) else case.width
     after = (case.order == "after",) if isinstance(case, GatedCase) else ()
     if case.direction == "forward":
-        return tuple(forward(case.width, case.dtype.itemsize, *after, limits))
+        return tuple(forward(width, case.dtype.itemsize, *after, limits))
     summing = case.direction == "dx+dw"
-    return tuple(backward(case.width, case.dtype.itemsize, *after, summing, limits))
+    return tuple(backward(width, case.dtype.itemsize, *after, summing, limits))
 
 
 def measure(job: Job, ready: Prepared, copy: float) -> dict[str, Any] | None:
@@ -159,7 +178,8 @@ def measure(job: Job, ready: Prepared, copy: float) -> dict[str, Any] | None:
         return None
     shown = [int(v) for v in (_chosen(case) if job.tile is None else job.tile)]
     tile = ("-" if job.tile is None else "") + ",".join(map(str, shown))
-    return {"name": case.name, "shape": f"{case.rows}x{case.width}", "us": ms * 1e3,
+    width = f"{case.width}/{case.group}" if isinstance(case, GatedCase) else case.width
+    return {"name": case.name, "shape": f"{case.rows}x{width}", "us": ms * 1e3,
             "of_copy": case.bytes / ms / copy, "tile": tile}  # fmt: skip
 
 
@@ -169,10 +189,11 @@ def main() -> None:
     parser.add_argument("out")
     parser.add_argument("--rows", type=int, default=16384, help="rows, or tokens")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds, compilation included")
+    parser.add_argument("--narrow", action="store_true", help="groups of columns alone")
     parser.add_argument("--dry", action="store_true", help="tiny cases, on whatever is here")
     options = parser.parse_args()
     begin = time.monotonic()
-    groups = jobs(8 if options.dry else options.rows, options.dry)
+    groups = jobs(8 if options.dry else options.rows, options.dry, options.narrow)
     if not options.dry:
         everyone = [job for group in groups for job in group]
         workers = max(1, min(16, os.cpu_count() or 2))
