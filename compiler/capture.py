@@ -111,6 +111,8 @@ def _region_forward(cls: type[nn.Module], backend: Backend, session: Session) ->
     ways: dict[float | None, Callable[..., Any]] = {None: compiled_forward(inner, backend)}
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if backend.kind == "block":
+            session.reached_blocks()
         if not wants_compiled(self, session) or session.hooked_since(self):
             return inner(self, *args, **kwargs)
         if session.memory is None or backend.kind != "block":
@@ -158,7 +160,16 @@ def _spine_forward(cls: type[nn.Module], backend: Backend, session: Session) -> 
                 )
                 with session.bypassed():
                     return inner(self, *args, **kwargs)
-            kwargs["use_cache"] = False
+            _drop_cache(self, session, kwargs)
+            cached = session.dropped_cache and not getattr(self, "gradient_checkpointing", False)
+            if cached and _starts_anew(**kwargs):
+                session.note(
+                    "positions start anew within a row while the model makes itself a KV cache, "
+                    "with which transformers does not tell the packed sequences apart: the blocks "
+                    "ran as before; pass use_cache=False to train on each sequence by itself"
+                )
+                with session.bypassed():
+                    return inner(self, *args, **kwargs | {"use_cache": True})
         with session.around_spine():
             out = inner(self, *args, **kwargs)
         if self.training and not isinstance(out, torch.Tensor):
@@ -188,6 +199,24 @@ def _cache_forced(kwargs: dict[str, Any]) -> bool:
     return bool(kwargs.get("use_cache")) or kwargs.get("past_key_values") is not None
 
 
+def _drop_cache(module: nn.Module, session: Session, kwargs: dict[str, Any]) -> None:
+    """Have no KV cache made in training, and remember whether one would have been."""
+    if kwargs.get("use_cache") is None:
+        config = getattr(module, "config", None)
+        session.dropped_cache = bool(getattr(config, "use_cache", False))
+    kwargs["use_cache"] = False
+
+
+def _starts_anew(position_ids: Any = None, attention_mask: Any = None, **_: Any) -> bool:
+    """Whether positions (batch, length) that come without a mask have more than one beginning.
+
+    Without a cache they mean packed sequences to transformers, with one they do not.
+    """
+    if not isinstance(position_ids, torch.Tensor) or attention_mask is not None:
+        return False
+    return position_ids.dim() == 2 and bool((torch.diff(position_ids, dim=-1) != 1).any())
+
+
 def _defers(session: Session) -> bool:
     """Whether logits without a loss are deferred: not over several processes, whose wrappers hook the
     outputs of a forward and take a weight away after it."""
@@ -206,7 +235,7 @@ def _head_forward(cls: type[nn.Module], backend: Backend, session: Session) -> A
         if training:
             args, kwargs = named(args, kwargs)
         if training and has_cache and not _cache_forced(kwargs):
-            kwargs["use_cache"] = False
+            _drop_cache(self, session, kwargs)
         if training and (kwargs.get("labels") is not None or _defers(session)):
             return session.call("head", self, compiled, args, kwargs)
         return inner(self, *args, **kwargs)

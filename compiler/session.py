@@ -6,7 +6,7 @@ The classes that ``optimize`` installs point here; nothing is global.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from fusewright.compiler.planning.execute import Memory
 from fusewright.compiler.records import GraphRecord
 from fusewright.compiler.storage import NeedsStorage, Wish
 from fusewright.compiler.stored import Stored
+from fusewright.runtime.known import KnownValues
 from fusewright.runtime.module import uninstall
 
 RECOMPILE_LIMIT = 64
@@ -104,6 +105,9 @@ class Session:
         self.memory: Memory | None = None
         self._running = ""
         self._module: nn.Module | None = None
+        self._known: KnownValues | None = None
+        self.dropped_cache = False  # the model would have made itself one in this pass
+        self.asked_device = "cuda"  # waiting for answers of the CPU's own is no wait
         self._ran: list[GraphRecord] = []
 
     def note(self, text: str) -> None:
@@ -125,6 +129,7 @@ class Session:
         path = self.paths.get(module, "?")
         self._running, self._ran = path, ran
         outside, self._module = self._module, module
+        knew = self._known is not None and self._known.leave()  # compiled code is guarded on modes
         mark_rows(args)
         mark_rows(kwargs.values())
         self.stored.check(module, self._running)
@@ -138,6 +143,8 @@ class Session:
             revert()
             self._running, self._ran = outer
             self._module = outside
+            if knew and self._known is not None:
+                self._known.come_back()
 
     def _settle(self, path: str, module: nn.Module, ran: list[GraphRecord]) -> None:
         """Note that these graphs, several where the region breaks, are what ``module`` runs now."""
@@ -212,8 +219,29 @@ class Session:
             record.modules.add(self._running)
 
     def around_spine(self) -> AbstractContextManager[Any]:
-        """The context in which the modules above the blocks run."""
+        """The context in which the modules above the blocks run, up to the first block.
+
+        What they do before the blocks may ask for values that the host knows: see runtime/known.py.
+        """
+        asks = self._known is None and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if asks and (self.asked_device != "cuda" or torch.cuda.is_initialized()):
+            return self._knowing()
         return nullcontext()
+
+    @contextmanager
+    def _knowing(self) -> Iterator[None]:
+        self._known = known = KnownValues(self.asked_device)
+        try:
+            with known:
+                yield
+        finally:
+            self._known = None
+
+    def reached_blocks(self) -> None:
+        """The first block begins: what runs from here on asks nothing."""
+        if self._known is not None:
+            self._known.leave()
+            self._known = None
 
     def hooked_since(self, module: nn.Module) -> bool:
         """Whether hooks inside ``module`` changed since its first call; compiled code misses them."""

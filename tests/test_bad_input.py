@@ -153,6 +153,22 @@ def test_embeddings_and_positions_as_inputs(ours: Any, eager: Any) -> None:
     training.assert_same_step(ours._step, eager._step)
 
 
+@pytest.mark.parametrize("settings", [{}, {"use_cache": False}], ids=["cache", "no cache"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_positions(
+    ours: Any, eager: Any, settings: dict[str, Any], checkpointing: bool
+) -> None:
+    """Transformers tells packed sequences apart where it makes no KV cache, and so do we."""
+    batch = {k: v for k, v in models.batch().items() if k != "attention_mask"} | settings
+    batch["position_ids"] = torch.arange(16).expand(2, 16) % 8
+    if checkpointing:
+        for model in (ours, eager):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    _assert_same(ours, eager, batch)
+    bypassed = any("packed" in note for note in fusewright.report(ours).notes)
+    assert bypassed == (not settings and not checkpointing)
+
+
 def test_no_labels(ours: Any, eager: Any) -> None:
     """A loss made outside of the model."""
     steps = []
