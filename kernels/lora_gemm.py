@@ -7,6 +7,7 @@ adapters in it; otherwise the adapters are added to the base's result, one small
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -78,18 +79,28 @@ def _added(group: Group, rows: torch.Tensor, thin: torch.Tensor, height: int) ->
     return y
 
 
-def backward(
+class Toward(NamedTuple):
+    """What the backward has made before it reads x: the gradient of x first of all."""
+
+    x: torch.Tensor
+    layers: list[torch.Tensor]
+    products: list[torch.Tensor]
+    up: list[torch.Tensor]
+    biases: list[torch.Tensor]
+
+
+def toward_input(
     dys: Tensors,
     thin: torch.Tensor,
     group: Group,
     grad_roomy: bool,
     needs: Needs,
-    fill: Callable[[torch.Tensor], None] | None = None,
-) -> Results:
-    """The gradients; see the header of ``lora``.
+    both: Callable[..., Any] = products.both,
+) -> Toward:
+    """dx, the gradients of the layers' results, P_i, dB_i and db_j.
 
     Args:
-        fill: is handed dx and writes x, whose values are not read before; no weight is trained then.
+        both: makes P_i, dB_i and db_j, as ``lora_products.both`` does.
     """
     x, how = group.x, plan(group)
     rows = x.reshape(-1, x.shape[-1])
@@ -107,21 +118,39 @@ def backward(
         found.prepare((how, tuple(group.member)))
         below = found.buffer[found.height :, : found.width]
         copies = products.rows_below(group, how, below)
-    p, dup, dbiases = products.both(group, g, thin, how, wide, copy, needs, copies)
+    p, dup, dbiases = both(group, g, thin, how, wide, copy, needs, copies)
     dx = absent(x)
     if found is not None and wide is not None:
         dx = torch.mm(wide, found.buffer[:, : found.width]).view(x.shape)
     elif needs.x:
         dx = _summed(group, g, p).view(x.shape)
+    return Toward(dx, g, p, dup, dbiases)
+
+
+def backward(
+    dys: Tensors,
+    thin: torch.Tensor,
+    group: Group,
+    grad_roomy: bool,
+    needs: Needs,
+    fill: Callable[[torch.Tensor], None] | None = None,
+) -> Results:
+    """The gradients; see the header of ``lora``.
+
+    Args:
+        fill: is handed dx and writes x, whose values are not read before; no weight is trained then.
+    """
+    x = group.x
+    dx, g, p, dup, dbiases = toward_input(dys, thin, group, grad_roomy, needs)
     if fill is not None:
         fill(dx)
-    ddown = products.left(group, rows, p, needs.down)
+    rows = x.reshape(-1, x.shape[-1])
     return Results(
         dx,
         _of_inputs(group, p, needs.inputs),
         [d.t() @ rows if needs.weights else absent(x) for d in g],
         dbiases,
-        ddown,
+        products.left(group, rows, p, needs.down),
         dup,
     )
 

@@ -88,7 +88,7 @@ def run(
     with on_device_of(blocks[0]):
         for one in made:
             work = works.pop() if works else thin_copies.NONE
-            launch = _Launch(blocks, [terms[i] for i in one.terms], one, wide, columns, clear)
+            launch = Products(blocks, [terms[i] for i in one.terms], one, wide, columns, clear)
             launch.run(work)
             columns = launch.columns_left
             clear = clear and not launch.zero
@@ -117,7 +117,7 @@ def _four(values: Sequence[Any], fill: Any) -> tuple[Any, ...]:
     return (*values, *[fill] * (4 - len(values)))
 
 
-class _Launch:
+class Products:
     """One pass over one to four matrices: its operands in the kernels' order, its outputs."""
 
     def __init__(
@@ -186,7 +186,7 @@ class _Launch:
             scratch = m.new_empty(right + cut.parts * sum(widths) * ranks, dtype=torch.float32)
             shares = scratch[:right] if right else None
             self._launch_left(cut, work, shares, scratch[right:])
-            self._launch_sums(cut, shares, scratch[right:])
+            self.launch_sums(cut, shares, scratch[right:])
             return
         cut = right_cut(*sizes, self.copies, limits)
         direct = cut.slabs == len(self.ms)
@@ -194,7 +194,7 @@ class _Launch:
         shares = None if direct else m.new_empty(shape, dtype=torch.float32)
         self._launch_right(cut, work, shares)
         if shares is not None:
-            self._launch_sums(cut, shares, None)
+            self.launch_sums(cut, shares, None)
 
     def _common(self) -> tuple[tuple[int, ...], ...]:
         """Widths, row strides, and columns of copies, four of each."""
@@ -259,7 +259,7 @@ class _Launch:
         a, b, c = (sum(sizes[:n]) for n in (1, 2, 3))
         return a, b, c
 
-    def _launch_sums(self, cut: Cut, right: Maybe, left: Maybe) -> None:
+    def launch_sums(self, cut: Cut, right: Maybe, left: Maybe) -> None:
         widths, _, _ = self._common()
         wide, wide_row, step, *zero = self._buffer()
         rows, terms, count = self.ms[0].shape[0], len(self.terms), len(self.ms)
