@@ -19,7 +19,7 @@ from torch import fx
 from fusewright.compiler import ir
 
 # Positions in the results of lora_group_backward.
-_DX, _DBIASES, _DDOWN, _DUP = 0, 3, 4, 5
+DX, DBIASES, DDOWN, DUP = 0, 3, 4, 5
 _ROOMY = ("glu_packed_roomy", "glu_packed_roomy_backward")
 _DENSE = ("glu_packed", "glu_packed_backward")
 
@@ -45,9 +45,9 @@ def _joined(graph: fx.Graph, layers: fx.Node) -> bool:
     if not (plain and given["need_x"] and given["need_down"]):
         return False
     results = {n.args[1]: n for n in layers.users if n.target is operator.getitem}
-    if len(results) != len(layers.users) or not results.keys() <= {_DX, _DBIASES, _DDOWN, _DUP}:
+    if len(results) != len(layers.users) or not results.keys() <= {DX, DBIASES, DDOWN, DUP}:
         return False
-    unit = _unit_backward(h, results.get(_DX))
+    unit = _unit_backward(h, results.get(DX))
     if unit is None:
         return False
     _replace(graph, layers, results, h, unit)
@@ -80,7 +80,7 @@ def _replace(
         ir.named_arguments(unit),
     )
     whole = layers.meta["val"]
-    value = (unit.meta["val"], *(whole[i] for i in (_DBIASES, _DDOWN, _DUP)))
+    value = (unit.meta["val"], *(whole[i] for i in (DBIASES, DDOWN, DUP)))
     with graph.inserting_before(layers):
         new = graph.call_function(
             torch.ops.fusewright.lora_glu_backward.default,
@@ -97,7 +97,7 @@ def _replace(
         dgate_up.meta = dict(unit.meta)
     unit.replace_all_uses_with(dgate_up)
     graph.erase_node(unit)
-    graph.erase_node(results.pop(_DX))
+    graph.erase_node(results.pop(DX))
     for at, node in results.items():
         node.args = (new, at - 2)
     graph.erase_node(layers)

@@ -19,7 +19,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fusewright.compiler import cut as cuts
-from fusewright.compiler import gated_backward, residual_backward
+from fusewright.compiler import gated_backward, gated_layers, residual_backward
 from fusewright.compiler.joint import Joint
 from fusewright.compiler.recompute import is_symbol, moved
 
@@ -133,6 +133,8 @@ def partition(
     halves: tuple[fx.GraphModule, fx.GraphModule]
     halves = min_cut_rematerialization_partition(joint, inputs, **given)
     gated_backward.join(halves[1])
+    gated_layers.forward(halves[0])
+    gated_layers.backward(halves[1])
     residual_backward.fold(halves[1])
     return halves
 
@@ -142,6 +144,14 @@ def digest() -> str:
     """A digest of the code that decides a cut."""
     folder = Path(__file__).parent
     digest = hashlib.sha256(torch.__version__.encode())
-    for name in ("partition", "cut", "joint", "recompute", "gated_backward", "residual_backward"):
+    for name in (
+        "partition",
+        "cut",
+        "joint",
+        "recompute",
+        "gated_backward",
+        "gated_layers",
+        "residual_backward",
+    ):
         digest.update((folder / f"{name}.py").read_bytes())
     return digest.hexdigest()

@@ -50,10 +50,10 @@ def takes(gate_up: torch.Tensor, ranks: Sequence[int], dtypes: Sequence[torch.dt
 
 @functools.lru_cache(maxsize=256)
 def forward_tile(ranks: int, limits: Limits) -> Tile:
-    """Rows and columns of a step."""
+    """The tile of a step, by hand from bench/sweep_glu_thin.py."""
     if limits.shared < 200000:
         return Tile(32, 64, 2, 4, 1)
-    return Tile(64, 128, 3, 8, 2)
+    return Tile(32, 256, 2, 8, 2)
 
 
 @functools.lru_cache(maxsize=256)
@@ -124,10 +124,13 @@ def forward(
 
 @functools.lru_cache(maxsize=256)
 def backward_tile(ranks: int, limits: Limits) -> Tile:
-    """The tile; the wider a slab, the fewer shares of P, and the more sums in registers."""
+    """The tile, by hand from bench/sweep_glu_thin.py.
+
+    The wider a slab, the fewer shares of P, and the more sums in registers.
+    """
     if limits.shared < 200000:
         return Tile(32, 64, 2, 4, 1)
-    return Tile(32, 128, 3, 4, 2)
+    return Tile(16, 128, 3, 4, 3)
 
 
 @functools.lru_cache(maxsize=256)

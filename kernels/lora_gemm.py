@@ -23,14 +23,25 @@ def has_room(group: Group) -> bool:
     return room.find(group.weights, how.columns, how.thin) is not None
 
 
-def forward(group: Group, roomy: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """y (..., sum N_j) and the thin products (T, sum r_i), scaled, in the adapters' dtype."""
+def has_columns(group: Group) -> bool:
+    """Whether the forward's augmented product is possible."""
+    return room.find(group.weights, plan(group).columns, 0) is not None
+
+
+def forward(
+    group: Group, roomy: bool, right: Callable[..., torch.Tensor] = products.right
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (..., sum N_j) and the thin products (T, sum r_i), scaled, in the adapters' dtype.
+
+    Args:
+        right: makes the thin products, as ``lora_products.right`` does.
+    """
     x, how = group.x, plan(group)
     rows = x.reshape(-1, x.shape[-1])
     found = room.find(group.weights, how.columns, 0)
     height = sum(w.shape[0] for w in group.weights)
     if found is None:
-        thin = products.right(group, rows, how, None, False, ())
+        thin = right(group, rows, how, None, False, ())
         return _added(group, rows, thin, height).view(*x.shape[:-1], height), thin
     wide = room.widened(rows, found.columns) if roomy else None
     copy = wide is None
@@ -40,7 +51,7 @@ def forward(group: Group, roomy: bool) -> tuple[torch.Tensor, torch.Tensor]:
     found.prepare((how, tuple(group.member)))
     behind = found.buffer[: found.height, found.width :]
     copies = products.columns_behind(group, how, behind)
-    thin = products.right(group, rows, how, wide, copy, copies)
+    thin = right(group, rows, how, wide, copy, copies)
     if how.ones:
         _write_biases(group, behind[:, how.thin])
     y = torch.mm(wide, found.buffer[: found.height].t())

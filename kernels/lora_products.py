@@ -225,11 +225,17 @@ def both(
         nothing if r.left is None else r.left.to(b.dtype)
         for r, b in zip(results, group.up, strict=True)
     ]
-    dbiases = [
-        d.sum(0, dtype=torch.float32).to(b.dtype) if needs.biases and b is not None else nothing
+    return p, dup, biases(group, g, needs)
+
+
+def biases(group: Group, g: Tensors, needs: Needs) -> list[torch.Tensor]:
+    """db_j."""
+    return [
+        d.sum(0, dtype=torch.float32).to(b.dtype)
+        if needs.biases and b is not None
+        else absent(group.x)
         for d, b in zip(g, group.biases, strict=True)
     ]
-    return p, dup, dbiases
 
 
 def left(group: Group, rows: torch.Tensor, p: Tensors, need: bool) -> list[torch.Tensor]:

@@ -1,0 +1,150 @@
+"""Both halves: a gated unit and the adapted layers around it become one op each way.
+
+    h = glu(gate_up)                                    forward: ``lora_glu``
+    ys, S = lora_group(h, ...)
+
+    d(gate_up), ... = lora_glu_backward(dys, ...)       backward: ``lora_mlp_backward``
+    dx, ... = lora_group_backward(d(gate_up), ...)
+
+The thin products are then made from the unit's numbers while these are in registers (see
+``kernels/lora_mlp.py``). The rules of rounding stay; sums are taken in another order.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fusewright.compiler import ir, order
+from fusewright.compiler.gated_backward import DBIASES, DDOWN, DUP, DX
+
+_UNITS = ("glu_packed_roomy", "glu_packed")
+
+
+def forward(half: fx.GraphModule) -> int:
+    """Rewrite the forward half in place; tells how many units were joined."""
+    return _each(half, "lora_group", _join_forward)
+
+
+def backward(half: fx.GraphModule) -> int:
+    """Rewrite the backward half in place, after ``gated_backward``; tells how many were joined."""
+    return _each(half, "lora_glu_backward", _join_backward)
+
+
+def _each(half: fx.GraphModule, name: str, join: Callable[[fx.Graph, fx.Node], bool]) -> int:
+    joined = sum(join(half.graph, n) for n in list(half.graph.nodes) if ir.own_name(n) == name)
+    if joined:
+        half.graph.lint()
+        half.recompile()
+    return joined
+
+
+def _results(node: fx.Node) -> dict[Any, fx.Node] | None:
+    """Position -> the getitem of it; None if the node is used in another way, or one twice."""
+    found = {n.args[1]: n for n in node.users if n.target is operator.getitem}
+    return found if len(found) == len(node.users) else None
+
+
+def _plain(given: dict[str, Any]) -> bool:
+    """Whether every adapter of a group reads its x."""
+    return not given["inputs"] and all(source < 0 for source in given["source"])
+
+
+def _join_forward(graph: fx.Graph, layers: fx.Node) -> bool:
+    given = ir.named_arguments(layers)
+    h = given["x"]
+    results = _results(layers)
+    if ir.own_name(h) not in _UNITS or results is None or not (_plain(given) and given["down"]):
+        return False
+    unit = ir.named_arguments(h)
+    gate_up = ir.value(unit["gate_up"])
+    dtype = gate_up.dtype
+    if not str(unit["activation"]).isidentifier():
+        return False  # of an activation in text, sums may be contracted otherwise
+    if unit["out_dtype"] is not dtype or given["out_dtype"] is not dtype:
+        return False
+    if any(user is not layers and user.op != "output" for user in h.users):
+        return False  # h may be saved, but nothing else may want it before the group has run
+    # What the group does not say of x it has to read as the unit left it.
+    room = unit.get("room", 0) if given["roomy"] else 0
+    if bool(room) != bool(given["roomy"]):
+        return False
+    ys, thin = layers.meta["val"]
+    with graph.inserting_before(layers):
+        new = graph.call_function(
+            torch.ops.fusewright.lora_glu.default,
+            (
+                unit["gate_up"], given["weights"], given["biases"], given["down"], given["up"],
+                given["member"], given["scales"], given["widths"], given["grad_roomy"],
+                unit["activation"], unit["gate_first"], unit["interleaved"], room,
+            ),
+        )  # fmt: skip
+        ir.describe(new, layers, (ys, thin, h.meta["val"]))
+        value = graph.call_function(operator.getitem, (new, 2))
+        value.meta = dict(h.meta)
+    for at, node in results.items():
+        node.args = (new, at)
+    graph.erase_node(layers)
+    h.replace_all_uses_with(value)
+    graph.erase_node(h)
+    return order.restore(graph)
+
+
+def _join_backward(graph: fx.Graph, unit: fx.Node) -> bool:
+    results = _results(unit)
+    dgate_up = results.get(0) if results else None
+    if results is None or dgate_up is None or len(dgate_up.users) != 1:
+        return False
+    (first,) = dgate_up.users
+    found = _results(first) if ir.own_name(first) == "lora_group_backward" else None
+    if found is None or not found.keys() <= {DX, DBIASES, DDOWN, DUP}:
+        return False
+    given = ir.named_arguments(first)
+    reads = list(given["dys"]) == [dgate_up] and dgate_up not in (given["x"], given["thin"])
+    if not reads or not _plain(given) or given["need_inputs"] or given["need_weights"]:
+        return False
+    if _reaches(first, unit, results):
+        return False
+    own = ir.named_arguments(unit)
+    if given["grad_roomy"] != (own["grad_room"] > 0):
+        return False
+    with graph.inserting_before(first):
+        new = graph.call_function(
+            torch.ops.fusewright.lora_mlp_backward.default,
+            (
+                *unit.args, given["thin"], given["x"], given["weights"], given["biases"],
+                given["down"], given["up"], given["member"], given["scales"], given["need_x"],
+                given["need_biases"], given["need_down"], given["need_up"],
+            ),
+        )  # fmt: skip
+        whole, second = first.meta["val"], unit.meta["val"]
+        value = (*(whole[i] for i in (DX, DBIASES, DDOWN, DUP)), *second[1:])
+        ir.describe(new, first, value)
+    places = {DX: 0, DBIASES: 1, DDOWN: 2, DUP: 3}
+    for at, node in found.items():
+        node.args = (new, places[at])
+    for at, node in results.items():
+        if node is not dgate_up:
+            node.args = (new, at + 3)
+    graph.erase_node(first)
+    graph.erase_node(dgate_up)
+    graph.erase_node(unit)
+    return order.restore(graph)
+
+
+def _reaches(first: fx.Node, unit: fx.Node, results: dict[Any, fx.Node]) -> bool:
+    """Whether the group reads, perhaps by way of others, another result of the unit's op."""
+    others = {n for at, n in results.items() if at != 0}
+    seen, waiting = set(), list(first.all_input_nodes)
+    while waiting:
+        node = waiting.pop()
+        if node in others:
+            return True
+        if node not in seen and node is not unit:
+            seen.add(node)
+            waiting += node.all_input_nodes
+    return False
