@@ -48,6 +48,11 @@ def takes(gate_up: torch.Tensor, ranks: Sequence[int], dtypes: Sequence[torch.dt
     return alike and max(ranks) <= _MOST and supported(gate_up.device)
 
 
+def _ptx(limits: Limits) -> bool:
+    """Whether the assembler's language is PTX."""
+    return limits.warp == 32 and torch.version.hip is None
+
+
 @functools.lru_cache(maxsize=256)
 def forward_tile(ranks: int, limits: Limits) -> Tile:
     """The tile of a step, by hand from bench/sweep_glu_thin.py."""
@@ -93,7 +98,8 @@ def forward(
     clear = wide is not None and wide.zero[1] > wide.zero[0]
     made = Products([h], [term], Pass((0,), True, False), wide, [None], clear)
     ranks = padded(made.rank)
-    cut = forward_cut(rows, width, ranks, device.limits(h.device))
+    limits = device.limits(h.device)
+    cut = forward_cut(rows, width, ranks, limits)
     works = thin_copies.prepare(copies)
     work = works.pop() if works else thin_copies.NONE
     shape = cut.slabs * rows * ranks
@@ -111,7 +117,7 @@ def forward(
             (cut.programs, rows, cut.slab, width, gate, up, gate_up.stride(0), h.stride(0),
              a.stride(0), term.scale, made.rank, term.column or 0, *zero),
             (activation, made.rank, ranks, width % cut.columns == 0, made.zero, cut.rows,
-             cut.columns, cut.stages, *work.constants),
+             cut.columns, cut.stages, _ptx(limits), *work.constants),
             cut.warps,
         )  # fmt: skip
         if shares is not None:
@@ -129,7 +135,7 @@ def backward_tile(ranks: int, limits: Limits) -> Tile:
     The wider a slab, the fewer shares of P, and the more sums in registers.
     """
     if limits.shared < 200000:
-        return Tile(32, 64, 2, 4, 1)
+        return Tile(16 if ranks > 16 else 32, 64, 2, 4, 1)
     return Tile(16, 128, 3, 4, 3)
 
 
@@ -176,7 +182,8 @@ def backward(
     of_h = Term(0, left=p, left_transposed=True)
     own = Products(halves[:1], [of_h], Pass((0,), False, True), None, [], False)
     ranks, own_ranks = padded(pair.rank), padded(own.rank)
-    cut = backward_cut(rows, width, ranks, device.limits(dh.device))
+    limits = device.limits(dh.device)
+    cut = backward_cut(rows, width, ranks, limits)
     works = thin_copies.prepare(copies)
     work = works.pop() if works else thin_copies.NONE
     right = cut.slabs * rows * ranks
@@ -194,7 +201,7 @@ def backward(
              up * slabs, dh.stride(0), gate_up.stride(0), out.stride(0), own.us[0].stride(0),
              *[t.stride(0) for t in operands]),
             (activation, pair.rank, ranks, own.rank, own_ranks, width % cut.columns == 0, cut.rows,
-             cut.columns, cut.stages, *work.constants),
+             cut.columns, cut.stages, _ptx(limits), *work.constants),
             cut.warps,
         )  # fmt: skip
         pair.launch_sums(cut, shares[0], shares[1])

@@ -22,13 +22,14 @@ def _dot(a, b, total):
 
 
 @triton.jit
-def _once(x):
+def _once(x, PTX: tl.constexpr):
     """x of 16 bits, which the compiler is not to work out again for each layout it is wanted in.
 
     It would read and compute all that x is made of three times over, and spill (on sm_90: 255
-    registers and 1.5 KB spilled against 187 registers at 32 x 128 numbers and 4 warps).
+    registers and 1.5 KB spilled against 187 registers at 32 x 128 numbers and 4 warps). Text of
+    other assemblers is left out without PTX.
     """
-    if not WIDEN:
+    if PTX and not WIDEN:
         x = tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
         )
@@ -53,8 +54,8 @@ def glu_backward_products(
     bg_row, bu_row, sg_row, su_row,
     ACTIVATION: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, OWN: tl.constexpr,
     OWN_PADDED: tl.constexpr, EVEN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
-    STAGES: tl.constexpr, TASKS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr,
-    COPIED: tl.constexpr, AT_ONCE: tl.constexpr,
+    STAGES: tl.constexpr, PTX: tl.constexpr, TASKS: tl.constexpr, SOURCE: tl.constexpr,
+    TARGET: tl.constexpr, COPIED: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """d(gate) and d(up); shares of their products with B and S, and of P^T h.
 
@@ -97,7 +98,7 @@ def glu_backward_products(
             dgate = (d * u * slope).to(out_ptr.dtype.element_ty)
             dup = (d * act * up_slope).to(out_ptr.dtype.element_ty)
             h = (act * u).to(gate_ptr.dtype.element_ty)
-            dgate, dup, h = _once(dgate), _once(dup), _once(h)
+            dgate, dup, h = _once(dgate, PTX), _once(dup, PTX), _once(h, PTX)
             to = out_ptr + (wide(t) * out_row + line[:, None] * out_row + column[None, :])
             tl.store(to + gate_at, dgate, mask=mask)
             tl.store(to + up_at, dup, mask=mask)
@@ -124,7 +125,7 @@ def glu_forward_product(
     wide_column, zero_from, zero_to,
     ACTIVATION: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, EVEN: tl.constexpr,
     ZERO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    TASKS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr,
+    PTX: tl.constexpr, TASKS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr,
     COPIED: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """h = act(gate) up, and scale h A^T: finished beside h and behind its rows, or shares of it.
@@ -158,7 +159,7 @@ def glu_forward_product(
             )
             u, _ = up_and_slope(up.to(tl.float32), ACTIVATION, False)
             h = value(gate.to(tl.float32), 1.0, ACTIVATION, False) * u
-            h = _once(h.to(h_ptr.dtype.element_ty))
+            h = _once(h.to(h_ptr.dtype.element_ty), PTX)
             tl.store(
                 h_ptr + (wide(first_row) * h_row + line[:, None] * h_row + column[None, :]),
                 h, mask=mask,

@@ -62,7 +62,7 @@ def test_no_gated_unit_runs_again_and_no_sum_is_left(
     step, halves = stepped(lora(), monkeypatch)
     assert halves
     for ops in halves:
-        assert ops["lora_glu_backward"] == 1
+        assert ops["lora_mlp_backward"] == 1
         assert not [op for op in ops if op.startswith("glu_packed")], ops
         assert not ops["aten.add.Tensor"], ops
     norms = ("add_rms_norm_backward", "add_rms_norm_roomy_backward")
@@ -83,7 +83,7 @@ def test_graphs_of_other_kinds_are_left_or_stay_right(
 ) -> None:
     build = lora(dropout=0.3) if name == "dropout" else checkpointed
     step, halves = stepped(build, monkeypatch)
-    assert halves and not any(ops["lora_glu_backward"] for ops in halves)
+    assert halves and not any(ops["lora_mlp_backward"] for ops in halves)
     wanted, _ = stepped(build, monkeypatch, rewrite=False)
     assert torch.equal(step.loss, wanted.loss)
     for key, grad in wanted.grads.items():
