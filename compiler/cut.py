@@ -19,6 +19,7 @@ import networkx as nx
 from torch import fx
 
 from fusewright.compiler import ir
+from fusewright.compiler.gated_backward import costs_nothing
 from fusewright.compiler.joint import Joint
 from fusewright.compiler.recompute import (
     base,
@@ -57,18 +58,20 @@ class Cut:
 
     def moved(self) -> int:
         """Bytes that the second runs read and write."""
-        return sum(map(moved, self.recomputed))
+        return sum(moved(n) for n in self.recomputed if not costs_nothing(n))
 
 
 def charge(node: fx.Node) -> float | None:
     """The price of a second run in bytes saved; None where there must be none."""
-    return moved(node) / MOVED_PER_SAVED if is_cheap(node) else None
+    if not is_cheap(node):
+        return None
+    return 0.0 if costs_nothing(node) else moved(node) / MOVED_PER_SAVED
 
 
 def keep(node: fx.Node) -> float | None:
     """As ``charge``, where nothing that takes time runs twice."""
     cheap = is_view(node) or is_symbol(node) or (is_cheap(node) and moved(node) == 0)
-    return 0.0 if cheap else None
+    return 0.0 if cheap or costs_nothing(node) else None
 
 
 def minimum(joint: Joint, price: Price = charge) -> Cut:

@@ -36,22 +36,36 @@ def join(half: fx.GraphModule) -> int:
     return joined
 
 
+def costs_nothing(h: fx.Node) -> bool:
+    """Whether a second run of ``h`` in a joint graph's backward half would be joined, and so be none."""
+    if ir.own_name(h) not in (_ROOMY[0], _DENSE[0]):
+        return False
+    behind = [n for n in h.users if ir.own_name(n) == "lora_group_backward"]
+    others = {ir.own_name(n) for n in h.users if n not in behind}
+    return len(behind) == 1 and others <= {"lora_group"} and _unit_of(behind[0], h) is not None
+
+
 def _joined(graph: fx.Graph, layers: fx.Node) -> bool:
-    given = ir.named_arguments(layers)
-    h = given["x"]
+    h = ir.named_arguments(layers)["x"]
     if ir.own_name(h) not in (_ROOMY[0], _DENSE[0]) or set(h.users) != {layers}:
         return False
+    found = _unit_of(layers, h)
+    if found is not None:
+        _replace(graph, layers, found[0], h, found[1])
+    return found is not None
+
+
+def _unit_of(layers: fx.Node, h: fx.Node) -> tuple[dict[Any, fx.Node], fx.Node] | None:
+    """(results of the layers' backward, the unit's backward) where the two can be joined."""
+    given = ir.named_arguments(layers)
     plain = not given["inputs"] and not given["need_inputs"] and not given["need_weights"]
-    if not (plain and given["need_x"] and given["need_down"]):
-        return False
+    if given["x"] is not h or not (plain and given["need_x"] and given["need_down"]):
+        return None
     results = {n.args[1]: n for n in layers.users if n.target is operator.getitem}
     if len(results) != len(layers.users) or not results.keys() <= {DX, DBIASES, DDOWN, DUP}:
-        return False
+        return None
     unit = _unit_backward(h, results.get(DX))
-    if unit is None:
-        return False
-    _replace(graph, layers, results, h, unit)
-    return True
+    return None if unit is None else (results, unit)
 
 
 def _unit_backward(h: fx.Node, dh: fx.Node | None) -> fx.Node | None:

@@ -19,7 +19,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fusewright.compiler import cut as cuts
-from fusewright.compiler import gated_backward, gated_layers, residual_backward
+from fusewright.compiler import gated_backward, gated_layers, pieces, residual_backward
 from fusewright.compiler.joint import Joint
 from fusewright.compiler.recompute import is_symbol, moved
 
@@ -135,6 +135,7 @@ def partition(
     gated_backward.join(halves[1])
     gated_layers.forward(halves[0])
     gated_layers.backward(halves[1])
+    pieces.spread(halves[1])
     residual_backward.fold(halves[1])
     return halves
 

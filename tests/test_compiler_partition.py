@@ -60,12 +60,14 @@ def test_fewer_bytes_as_predicted_and_the_same_bits(
         for path, told in chosen.items():
             assert measured[path] == told.saved, path
             if level == "keep":
-                assert told.recomputed == () and told.saved == told.kept
+                # A unit out of its own backward does not run again (gated_backward).
+                assert told.saved == told.kept
+                assert told.recomputed == (("glu_packed",) if name == "lora" else ())
             else:
                 assert {"rms_norm", "add_rms_norm"} <= set(told.recomputed)
                 assert {"glu", "glu_packed"} & set(told.recomputed)
                 rows, width = 32, models.HIDDEN  # float32; two norms, a gated unit of two widths
-                least = 4 * rows * (2 * width + 2 * width)
+                least = 4 * rows * (2 * width + (0 if name == "lora" else 2 * width))
                 if name != "full":  # v is a part of their one product, which is saved for it anyway
                     least += 4 * rows * (width + width // 2)
                 assert told.kept - told.saved >= least
