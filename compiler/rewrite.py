@@ -59,9 +59,45 @@ def apply(match: Match, graph: fx.Graph) -> tuple[fx.Node, ...]:
                 f"the region {expected.dtype} of rank {len(expected.shape)}"
             )
         ir.inherit_provenance(new, old)
-        old.replace_all_uses_with(new, delete_user_cb=lambda u: u not in candidate.nodes)
+        standing = new
+        if _order(expected) != _order(got) and _reaches_a_draw(old):
+            standing = _laid_out(graph, new, _order(expected))
+        old.replace_all_uses_with(standing, delete_user_cb=lambda u: u not in candidate.nodes)
     _erase(graph, candidate.nodes)
     return results
+
+
+def _order(t: torch.Tensor) -> list[int]:
+    """The dimensions from the one that is laid out widest to the densest; of one element left out."""
+    sizes, strides = list(map(ir.traced, t.shape)), list(map(ir.traced, t.stride()))
+    return sorted((d for d in range(t.dim()) if sizes[d] != 1), key=lambda d: -strides[d])
+
+
+def _reaches_a_draw(node: fx.Node) -> bool:
+    """Whether random numbers are drawn for what is made of the value: their order is its layout's."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        for user in waiting.pop().users:
+            if ir.is_random(user):
+                return True
+            if user not in seen:
+                seen.add(user)
+                waiting.append(user)
+    return False
+
+
+def _laid_out(graph: fx.Graph, node: fx.Node, order: list[int]) -> fx.Node:
+    """The same value with its dimensions in memory in this order."""
+    rank = ir.value(node).dim()
+    whole = [d for d in range(rank) if d not in order] + order
+    back = [whole.index(d) for d in range(rank)]
+    aten = torch.ops.aten
+    with graph.inserting_after(node):
+        turned = call(graph, aten.permute.default, (node, whole))
+    with graph.inserting_after(turned):
+        dense = call(graph, aten.contiguous.default, (turned,))
+    with graph.inserting_after(dense):
+        return call(graph, aten.permute.default, (dense, back))
 
 
 def _erase(graph: fx.Graph, nodes: frozenset[fx.Node]) -> None:

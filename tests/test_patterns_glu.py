@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import check, named, rows, to_bf16
+from graphs import check, compile_one, named, rows, to_bf16
 
 WIDTH = 12
 
@@ -217,3 +217,18 @@ def test_a_spelling_is_matched(spelling: Any, op: str) -> None:
 @pytest.mark.parametrize(("spelling", "op"), SPELLINGS, ids=named)
 def test_a_spelling_in_bfloat16(spelling: Any, op: str) -> None:
     check(spelling, to_bf16(_inputs()), {op: 1})
+
+
+def test_dropout_behind_a_unit_draws_in_the_order_of_its_layout() -> None:
+    """A mask is drawn in the order of memory; the unit of transposed inputs is transposed in eager."""
+
+    def dropped(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(7)
+        return F.dropout(F.silu(g.transpose(1, 2)) * u.transpose(1, 2), 0.5)
+
+    g, u = _inputs()
+    compiled = compile_one(lambda g, u: F.dropout(F.silu(g.mT) * u.mT, 0.5))
+    torch.manual_seed(7)
+    got = compiled.run(g, u)
+    assert compiled.ops == {"glu": 1}
+    torch.testing.assert_close(got, dropped(g, u))
