@@ -32,8 +32,8 @@ def _warps(numbers: int, per_thread: int, limits: Limits) -> int:
     return threads // limits.warp
 
 
-def _rows(numbers: int, least: int) -> int:
-    return max(1, min(16, least // power_of_two(numbers)))
+def _rows(numbers: int, least: int, most: int = 16) -> int:
+    return max(1, min(most, least // power_of_two(numbers)))
 
 
 @functools.lru_cache(maxsize=512)
@@ -63,6 +63,9 @@ def backward_tile(width: int, itemsize: int, after: bool, summing: bool, limits:
         piece = warps * limits.warp * 8
         fits = after and itemsize == 2 and rows == 1 and piece < width and width % piece == 0
         return Tile(rows, warps, hoist=itemsize == 2, piece=piece if fits else 0)
+    if numbers < 1024 and not few and after:
+        # Several short rows to a tile: 256 threads, where 128 took twice as long (bench/sweep_gated_qk).
+        rows, warps = _rows(numbers, 4096, 32), 256 // limits.warp
     per_sm = max(1, 512 // (warps * limits.warp))
     room = limits.shared // per_sm - 4096
     wide = numbers > 6144 and not after
