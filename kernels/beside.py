@@ -131,7 +131,8 @@ def serve(handle: int, workers: int) -> None:
             open_jobs.discard(number)
             connection.send((number, 0.0 if error else done.result(), error and repr(error)))
 
-    with ProcessPoolExecutor(workers, get_context("fork")) as pool:
+    fork = get_context("fork")
+    with ProcessPoolExecutor(workers, fork, _enter, (os.getpid(), handle)) as pool:
         while connection.poll(_PATIENCE) or open_jobs:
             if os.getppid() != caller:
                 break
@@ -144,6 +145,18 @@ def serve(handle: int, workers: int) -> None:
                 made = pool.submit(compile_here, job)
                 made.add_done_callback(functools.partial(answer, number))
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _enter(server: int, handle: int) -> None:
+    """What a worker does first: it must not outlive the server, nor keep its pipe open."""
+    os.close(handle)
+
+    def watch() -> None:
+        while os.getppid() == server:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Elsewhere(Executor):

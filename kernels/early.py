@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fusewright.kernels import beside
+from fusewright.kernels.launch import HAS_TRITON
 
 log = logging.getLogger("fusewright")
 _MOST = 16  # threads: more are slowed by the part of a compilation that holds Python's lock
@@ -54,6 +55,12 @@ class Kernel(NamedTuple):
             for a in self.arguments
         )
         return (id(self.function), arguments, tuple(self.options.items()))
+
+
+def prepare() -> None:
+    """Start the processes that compile, so that they are there when the first kernel is foreseen."""
+    if HAS_TRITON and torch.cuda.is_available():
+        beside.server(_cores() - 1)
 
 
 def start(kernels: Sequence[Kernel], device: torch.device) -> None:
