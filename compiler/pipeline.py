@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusewright.compiler import autocast, dump, ir, lazy, lower, rewrite, storage
+from fusewright.compiler import autocast, dump, ir, known, lazy, lower, rewrite, storage
 from fusewright.compiler.foresee import foresee
+from fusewright.compiler.known import Known
 from fusewright.compiler.match import Match, find
 from fusewright.compiler.normalize import NotNormalizable, drop_dead, normalize, simplify
 from fusewright.compiler.records import GraphBreak, GraphRecord, Verdict
@@ -96,14 +97,19 @@ def _compile(
     if not record.matches:
         return _tracked(gm.forward, session, record)
     verified = session.options.verify == "first_step"
-    with _timed(record, "foresee"):
-        record.foreseen = foresee(rewritten, canonical, example_inputs, verified, device)
+    fingerprint = known.fingerprint(canonical, rewritten)
+    now = known.wanted(example_inputs)
+    before = session.known.setdefault(fingerprint, Known()) if fingerprint else Known()
+    if now not in before.foreseen:
+        with _timed(record, "foresee"):
+            record.foreseen = foresee(rewritten, canonical, example_inputs, verified, device)
+        before.foreseen.update(known.variants(canonical, example_inputs))
     with _timed(record, "lower"):
         run = _lower(rewritten, example_inputs, session, record, device)
     run = run if deferred is None else lazy.attach(run, deferred, told)
     if verified:
         plain = readable(canonical, session)
-        run = _verified(run, (canonical, plain), rewritten, record, session, device)
+        run = _verified(run, (canonical, plain), rewritten, record, session, device, before)
     writer.done()
     return _tracked(run, session, record)
 
@@ -246,18 +252,26 @@ def _verified(
     record: GraphRecord,
     session: Session,
     device: str | None,
+    before: Known,
 ) -> Callable[..., Any]:
     """Verify at the first run, on its real inputs; fall back to the captured graph if refused.
 
-    ``captured`` is the canonical graph, and the same as it runs in float64.
+    ``captured`` is the canonical graph, and the same as it runs in float64. What was found of an equal
+    graph ``before`` is not found again.
     """
     canonical, plain = captured
     chosen: list[Callable[..., Any]] = []
 
     def first(*args: Any) -> Any:
         if not chosen:
-            with _timed(record, "verify"), lower.autocast_off(device), unseen_by_checkpoints():
-                record.verdict = verify(canonical, rewritten, args, plain)
+            now = known.wanted(args)
+            if now not in before.verdicts:
+                with _timed(record, "verify"), lower.autocast_off(device), unseen_by_checkpoints():
+                    found = verify(canonical, rewritten, args, plain)
+                before.verdicts |= {w: v for w, v in found.items() if v.status == "accepted"}
+                record.verdict = found[now]
+            else:
+                record.verdict = before.verdicts[now]
             if record.verdict.status == "reverted":
                 chosen.append(lower.lower(canonical, list(args), "fx", device))
                 record.failure = f"reverted: {record.verdict.reason}"

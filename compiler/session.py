@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from fusewright.compiler.config import Options
+from fusewright.compiler.known import Known
 from fusewright.compiler.partition import Asked
 from fusewright.compiler.planning.execute import Memory
 from fusewright.compiler.records import GraphRecord
@@ -93,6 +94,7 @@ class Session:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.records: list[GraphRecord] = []
+        self.known: dict[str, Known] = {}
         self.paths: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self.current: dict[str, list[GraphRecord]] = {}
         self.uncaptured: dict[str, str] = {}

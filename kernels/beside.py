@@ -96,7 +96,9 @@ class Server:
         self._process.wait()
 
 
-_COMMAND = "import sys; from fusewright.kernels import beside; beside.serve(*map(int, sys.argv[1:]))"
+_COMMAND = (
+    "import sys; from fusewright.kernels import beside; beside.serve(*map(int, sys.argv[1:]))"
+)
 _server: Server | None = None
 
 
