@@ -48,7 +48,8 @@ def dynamo_settings(kind: str) -> Callable[[], Callable[[], None]]:
     region may have RECOMPILE_LIMIT variants; a logger's call does not break the graph; floats (eps,
     scales) stay literals. Rows of tensors are symbolic from the start (:func:`mark_rows`) and
     feature widths literal. Integers are literal in blocks; the head reads ones that change from step
-    to step (a number of items), which Dynamo finds out.
+    to step (a number of items), which Dynamo finds out. Fake tensors' results are not cached: with
+    symbolic sizes an entry costs more than it saves.
     """
     import logging
 
@@ -61,6 +62,7 @@ def dynamo_settings(kind: str) -> Callable[[], Callable[[], None]]:
         ignored = "ignore_logger_methods"
     changes: dict[str, Any] = {
         "specialize_float": True,
+        "fake_tensor_cache_enabled": False,
         "recompile_limit": RECOMPILE_LIMIT,
         "accumulated_recompile_limit": 64 * RECOMPILE_LIMIT,
         ignored: _Functions(loggers | set(getattr(config, ignored))),
