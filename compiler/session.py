@@ -69,8 +69,36 @@ def dynamo_settings(kind: str) -> Callable[[], Callable[[], None]]:
     }
     if kind != "head":
         changes["specialize_int"] = True
-    patcher: Callable[[], Callable[[], None]] = config._make_closure_patcher(**changes)
-    return patcher
+    return _without_timing(config._make_closure_patcher(**changes))
+
+
+def _without_timing(apply: Callable[[], Callable[[], None]]) -> Callable[[], Callable[[], None]]:
+    """The same settings, and Dynamo does not time the guards that it makes, for its log alone.
+
+    It empties the processor's caches before, 40 to 70 ms for each graph.
+    """
+    from torch._dynamo import guards
+
+    name = "profile_guard_manager"
+    timing = getattr(guards, name, None)
+    if timing is None:
+        return apply
+
+    def untimed(*_: Any) -> float:
+        return 0.0
+
+    def applied() -> Callable[[], None]:
+        revert = apply()
+        before = getattr(guards, name)
+        setattr(guards, name, untimed)
+
+        def reverted() -> None:
+            setattr(guards, name, before)
+            revert()
+
+        return reverted
+
+    return applied
 
 
 def mark_rows(values: Any) -> None:
