@@ -34,24 +34,29 @@ class Known:
     verdicts: dict[Wanted, Verdict] = field(default_factory=dict)
 
 
-def fingerprint(canonical: fx.GraphModule, rewritten: fx.GraphModule) -> str | None:
+def fingerprint(
+    canonical: fx.GraphModule, rewritten: fx.GraphModule, inputs: Sequence[Any]
+) -> str | None:
     """What two captures have in common where they are one graph, rewritten alike.
 
-    Code, and the inputs' shapes, strides, dtypes and devices; not which of them want a gradient. None
+    Code, and the inputs' shapes, strides, dtypes and devices; not which of them want a gradient. A
+    parameter's strides are those that it has now, it may have been moved since it was captured. None
     where the code reads tensors or graphs of its own, which it does not show.
     """
     if any(gm.graph.find_nodes(op="get_attr") for gm in (canonical, rewritten)):
         return None
-    inputs = [_described(n) for n in canonical.graph.find_nodes(op="placeholder")]
-    return "\n".join([canonical.code, rewritten.code, *inputs])
+    nodes = canonical.graph.find_nodes(op="placeholder")
+    told = [_described(n, v) for n, v in zip(nodes, inputs, strict=True)]
+    return "\n".join([canonical.code, rewritten.code, *told])
 
 
-def _described(node: fx.Node) -> str:
+def _described(node: fx.Node, given: Any) -> str:
     val = ir.value(node)
     kind = bool(node.meta.get("parameter"))
     if not isinstance(val, torch.Tensor):
         return f"{type(val).__name__} {val}"
-    return f"{kind} {tuple(val.shape)} {val.stride()} {val.dtype} {val.device}"
+    strides = given.stride() if kind else val.stride()
+    return f"{kind} {tuple(val.shape)} {strides} {val.dtype} {val.device}"
 
 
 def wanted(args: Sequence[Any]) -> Wanted:

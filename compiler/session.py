@@ -125,6 +125,7 @@ class Session:
         self.options = options
         self.records: list[GraphRecord] = []
         self.known: dict[str, Known] = {}
+        self.repeated: GraphRecord | None = None  # of the capture that the next one repeats
         self.paths: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self.current: dict[str, list[GraphRecord]] = {}
         self.uncaptured: dict[str, str] = {}
@@ -205,6 +206,7 @@ class Session:
             if not isinstance(wanted, NeedsStorage):
                 raise
         self.stored.ask(module, self._running, wanted.wishes)
+        wanted.moved()
         return compiled(module, *args, **kwargs)
 
     def require(self, wishes: list[Wish]) -> None:
