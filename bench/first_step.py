@@ -4,8 +4,9 @@
 
 Triton's cache is a new folder, and so is Inductor's: what is timed is a first step on a new machine.
 Times of stages are the compiler's own (``GraphRecord.seconds``); those of kernels are Triton's, added
-up over threads, so that they may be more than the step took. A kernel is late when the thread that
-launches it compiles it: nobody foresaw it.
+up over processes and threads, so that they may be more than the step took. A kernel is late when the
+thread that launches it compiles it: nobody foresaw it. ``--late`` compiles nothing ahead, and
+``--threads`` does it in threads of this process instead of others.
 """
 
 from __future__ import annotations
@@ -40,12 +41,17 @@ class Compiled:
 
     def summary(self) -> dict[str, Any]:
         """Counts, seconds and names."""
+        from fusewright.kernels import beside
+
+        elsewhere = [(name, False, seconds) for name, seconds in beside.spent]
+        rows = [*self.rows, *elsewhere]
         return {
-            "compiles": len(self.rows),
-            "compile_thread_s": round(sum(s for *_, s in self.rows), 2),
-            "longest_s": round(max((s for *_, s in self.rows), default=0.0), 2),
-            "late": dict(Counter(n for n, late, _ in self.rows if late)),
-            "kernels": dict(Counter(n for n, *_ in self.rows)),
+            "compiles": len(rows),
+            "in_processes": len(elsewhere),
+            "compile_s": round(sum(s for *_, s in rows), 2),
+            "longest_s": round(max((s for *_, s in rows), default=0.0), 2),
+            "late": dict(Counter(n for n, late, _ in rows if late)),
+            "kernels": dict(Counter(n for n, *_ in rows)),
         }
 
 
@@ -122,6 +128,7 @@ def main() -> None:
     parser.add_argument("--verify", default="first_step", choices=("first_step", "off"))
     parser.add_argument("--tiny", action="store_true", help="shrunk, for a CPU")
     parser.add_argument("--late", action="store_true", help="without compiling ahead, to compare")
+    parser.add_argument("--threads", action="store_true", help="ahead, in this process alone")
     parser.add_argument("--json", help="where to write the numbers")
     given = parser.parse_args()
     cache = tempfile.mkdtemp()
@@ -134,6 +141,10 @@ def main() -> None:
         from fusewright.compiler import foresee
 
         foresee.start = early.start
+    if given.threads:
+        from fusewright.kernels import beside
+
+        beside.server = lambda *_: None
     out = measure(given.work, given.lowering, given.verify, given.tiny)
     out = {"work": given.work, "lowering": given.lowering, "ahead": not given.late} | out
     print(json.dumps(out, indent=1))

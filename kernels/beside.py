@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 log = logging.getLogger("fusewright")
 _FOLDER = "TRITON_CACHE_DIR"
 _PATIENCE = 60.0  # seconds
-spent: list[float] = []  # seconds of each compilation in a process
+spent: list[tuple[str, float]] = []  # what a process compiled for this one, and its seconds
 
 
 class Job(NamedTuple):
@@ -167,10 +167,11 @@ class Elsewhere(Executor):
     Args:
         server: compiles.
         threads: for what follows on it, reading what it left among it.
+        load: what to do with a kernel that has been read; must not raise.
     """
 
-    def __init__(self, server: Server, threads: Executor) -> None:
-        self._server, self._threads = server, threads
+    def __init__(self, server: Server, threads: Executor, load: Callable[[Any], None]) -> None:
+        self._server, self._threads, self._load = server, threads, load
 
     def submit(self, compiling: Callable[[], Any], /, *_: Any, **__: Any) -> Future[Any]:
         """The compiled kernel, some time."""
@@ -183,12 +184,14 @@ class Elsewhere(Executor):
                 log.debug("no process takes %s", job, exc_info=True)
 
         def rest() -> Any:
-            if under_way is not None:
+            if job is not None and under_way is not None:
                 try:
-                    spent.append(under_way.result())
+                    spent.append((job.kernel, under_way.result()))
                 except Exception:  # of any kind: compiled in this thread then
                     log.debug("a process did not compile %s", job, exc_info=True)
-            return compiling()
+            kernel = compiling()
+            self._load(kernel)
+            return kernel
 
         return self._threads.submit(rest)
 

@@ -108,7 +108,7 @@ def _compile(kernels: Sequence[Kernel], device: torch.device) -> None:
     threads = len(kernels) if server else min(_cores(), len(kernels))  # they wait, or they compile
     with ThreadPoolExecutor(threads, "fusewright-kernel", here) as pool:
         made = []
-        with _asynchronous(beside.Elsewhere(server, pool) if server else pool):
+        with _asynchronous(beside.Elsewhere(server, pool, _load) if server else pool):
             for kernel in kernels:
                 # Under Triton's mode this specialises, here, and leaves compiling to the pool.
                 try:
