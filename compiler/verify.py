@@ -125,8 +125,8 @@ def _verify(
         except Exception as error:
             # Whatever our part of it raises, the captured graph runs in its place.
             log.debug("rewritten", exc_info=True)
-            reason = f"the rewritten region failed: {_brief(error)}"
-            found[wanted] = Verdict(status="reverted", reason=reason)
+            said = f"the rewritten region failed: {_brief(error)}"
+            found[wanted] = Verdict(status="reverted", reason=said)
         else:
             found[wanted] = _judge(exact.only(wanted), eager.only(wanted), ours.all, coarsest)
     return found
