@@ -4,8 +4,11 @@
 
 Triton's cache is a new folder, and so is Inductor's: what is timed is a first step on a new machine.
 Times of stages are the compiler's own (``GraphRecord.seconds``); those of kernels are Triton's, added
-up over threads, so that they may be more than the step took. A kernel is late when the thread that
-launches it compiles it: nobody foresaw it.
+up over processes and threads, so that they may be more than the step took. A kernel is late when the
+thread that launches it compiles it: nobody foresaw it. ``--late`` compiles nothing ahead, and
+``--threads`` does it in threads of this process instead of others. ``--for-gpu 90 --tiny`` shows on a
+CPU what compiling ahead costs the step: the kernels that a GPU of that capability would launch are
+compiled beside a step on the CPU, which launches none.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +45,21 @@ class Compiled:
 
     def summary(self) -> dict[str, Any]:
         """Counts, seconds and names."""
+        from fusewright.kernels import beside
+
+        elsewhere = [(name, False, seconds) for name, seconds in beside.spent]
+        rows = [*self.rows, *elsewhere]
         return {
-            "compiles": len(self.rows),
-            "compile_thread_s": round(sum(s for *_, s in self.rows), 2),
-            "longest_s": round(max((s for *_, s in self.rows), default=0.0), 2),
-            "late": dict(Counter(n for n, late, _ in self.rows if late)),
-            "kernels": dict(Counter(n for n, *_ in self.rows)),
+            "compiles": len(rows),
+            "in_processes": len(elsewhere),
+            "compile_s": round(sum(s for *_, s in rows), 2),
+            "longest_s": round(max((s for *_, s in rows), default=0.0), 2),
+            "late": dict(Counter(n for n, late, _ in rows if late)),
+            "kernels": dict(Counter(n for n, *_ in rows)),
         }
+
+
+compiled = Compiled()
 
 
 def waiting() -> list[float]:
@@ -65,33 +78,94 @@ def waiting() -> list[float]:
     return spent
 
 
-def measure(name: str, lowering: str, verify: str, tiny: bool) -> dict[str, Any]:
-    """One first step and one after it, in this process."""
+class Elsewhere:
+    """A driver of a GPU that is not here: it names the target and can launch nothing."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def foresee_for(capability: int) -> None:
+    """Have what runs on the CPU foreseen for a GPU that is not here, weights with room included."""
+    import torch
+    from triton import knobs
+    from triton.runtime import driver
+
+    from fusewright.compiler import foresee, pipeline
+    from fusewright.kernels import beside, device, early, lora_products, room, thin
+
+    limits = device.Limits(132, 232448, 32)  # an H100's
+    for module in (device, *(m for n, m in sys.modules.items() if n.startswith("fusewright"))):
+        if hasattr(module, "limits"):
+            module.limits = lambda _: limits
+    driver.set_active(Elsewhere(capability))
+    room.serves = lambda *_: True
+
+    def foreseeing(rewritten: Any, canonical: Any, inputs: Any, verified: bool, _: Any) -> int:
+        reference, lora_products.thin.reference = lora_products.thin.reference, thin.thin
+        try:
+            found = foresee.rehearse(rewritten, canonical, inputs, verified)
+        finally:
+            lora_products.thin.reference = reference
+        early.start(found.kernels, torch.device("cpu"))
+        return len({kernel.key for kernel in found.kernels})
+
+    pipeline.foresee = foreseeing
+    knobs.compilation.listener = compiled
+    beside.server(early._cores() - 1)  # as optimize does where there is a GPU
+
+
+def measure(
+    name: str, lowering: str, verify: str, tiny: bool, layers: int, capability: int
+) -> dict[str, Any]:
+    """One first step and two after it, in this process."""
     import torch
     from step_models import Trainee
     from step_work import workload
+
+    from fusewright.kernels import early
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     os.environ["FUSEWRIGHT_VERIFY"] = verify
     started = time.perf_counter()
     saved = Path(tempfile.mkdtemp()) / "saved"
-    trainee = Trainee(workload(name, tiny), f"ours:lowering={lowering}", device, saved)
+    work = workload(name, tiny)
+    if layers:
+        work = replace(work, shape=work.shape | {"num_hidden_layers": layers})
+    if capability:
+        foresee_for(capability)
+    trainee = Trainee(work, f"ours:lowering={lowering}", device, saved)
     built = time.perf_counter() - started
-    compiled = Compiled()
     if device == "cuda":
         from triton import knobs
 
         knobs.compilation.listener = compiled
-    spent, steps = waiting(), []
+    finish = early.wait
+    spent, steps, cpu = waiting(), [], {}
     for _ in range(3):
-        started = time.perf_counter()
+        started, clocks = time.perf_counter(), (time.thread_time(), time.process_time())
         trainee.step()
         if device == "cuda":
             torch.cuda.synchronize()
         steps.append(round(time.perf_counter() - started, 3))
-    return {"build_s": round(built, 2), "steps_s": steps, "waited_s": round(sum(spent), 2)} | (
-        stages(trainee.model) | compiled.summary()
-    )
+        if not cpu:
+            finish()
+            found = time.thread_time() - clocks[0], time.process_time() - clocks[1]
+            cpu = dict(zip(("thread", "process"), (round(f, 2) for f in found), strict=True))
+    seconds = {"build_s": round(built, 2), "steps_s": steps, "cpu_of_first_s": cpu}
+    waited = {"waited_s": round(sum(spent), 2)}
+    return seconds | waited | stages(trainee.model) | compiled.summary()
 
 
 def stages(model: Any) -> dict[str, Any]:
@@ -121,7 +195,12 @@ def main() -> None:
     parser.add_argument("--lowering", default="inductor", choices=("inductor", "fx"))
     parser.add_argument("--verify", default="first_step", choices=("first_step", "off"))
     parser.add_argument("--tiny", action="store_true", help="shrunk, for a CPU")
+    parser.add_argument(
+        "--layers", type=int, default=0, help="as many as the workload has, or these"
+    )
+    parser.add_argument("--for-gpu", type=int, default=0, metavar="CAPABILITY", help="90: an H100")
     parser.add_argument("--late", action="store_true", help="without compiling ahead, to compare")
+    parser.add_argument("--threads", action="store_true", help="ahead, in this process alone")
     parser.add_argument("--json", help="where to write the numbers")
     given = parser.parse_args()
     cache = tempfile.mkdtemp()
@@ -134,7 +213,11 @@ def main() -> None:
         from fusewright.compiler import foresee
 
         foresee.start = early.start
-    out = measure(given.work, given.lowering, given.verify, given.tiny)
+    if given.threads:
+        from fusewright.kernels import beside
+
+        beside.server = lambda *_: None
+    out = measure(given.work, given.lowering, given.verify, given.tiny, given.layers, given.for_gpu)
     out = {"work": given.work, "lowering": given.lowering, "ahead": not given.late} | out
     print(json.dumps(out, indent=1))
     if given.json:

@@ -16,6 +16,7 @@ from fusewright.compiler.planning.budget import parse
 from fusewright.compiler.planning.execute import Memory
 from fusewright.compiler.records import Binding
 from fusewright.compiler.session import Session
+from fusewright.kernels import early
 from fusewright.runtime import module as modules
 from fusewright.runtime.op import register_all
 
@@ -40,6 +41,8 @@ def optimize(
     session = Session(Options.build(catalogue, **options))
     for line in notes:
         session.note(line)
+    if any(p.is_cuda for p in model.parameters()):
+        early.prepare()
     found = regions.find(model)
     register_all()
     if found.head is None:

@@ -1,7 +1,8 @@
 """Foresee: compile what a rewritten graph will launch, while it is being lowered.
 
 The graph is rehearsed (``fusewright.runtime.rehearsal``) with the sizes of the inputs at hand and, where
-it is to be verified, with the sizes of their cut.
+it is to be verified, with the sizes of their cut; both with the gradients that are wanted now, and with
+those that an equal graph will want (``fusewright.compiler.known``).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusewright.compiler import lower, verify
+from fusewright.compiler import known, lower, verify
+from fusewright.compiler.known import Wanted
 from fusewright.runtime.rehearsal import Rehearsal, start
 
 log = logging.getLogger("fusewright")
@@ -50,15 +52,24 @@ def rehearse(
     rehearsal = rehearsal or Rehearsal()
     graph = fx.Interpreter(rewritten)
     try:
-        rehearsal.run(graph.run, [_stand_in(v, rehearsal) for v in inputs])
-        if verified:
-            cut = verify.cut_inputs(canonical, inputs)
-            rehearsal.run(verify.Quiet(rewritten).run, [_cut(*pair, rehearsal) for pair in cut])
+        for wanted in known.variants(canonical, inputs):
+            rehearsal.run(graph.run, _stand_ins(inputs, wanted, rehearsal))
+            if verified:
+                cut = verify.cut_inputs(canonical, inputs)
+                rehearsal.run(verify.Quiet(rewritten).run, _cut(cut, wanted, rehearsal))
     except Exception as error:
         # Fake tensors refuse in errors of any kind, and nothing depends on them.
         rehearsal.failures.append(f"{type(error).__name__}: {error}")
         log.debug("a graph was not rehearsed", exc_info=True)
     return rehearsal
+
+
+def _stand_ins(inputs: Sequence[Any], wanted: Wanted, rehearsal: Rehearsal) -> list[Any]:
+    """Fake tensors for tensors, of which the wanted ones want a gradient."""
+    made = [_stand_in(v, rehearsal) for v in inputs]
+    for place in wanted:
+        made[place].requires_grad_()
+    return made
 
 
 def _stand_in(value: Any, rehearsal: Rehearsal) -> Any:
@@ -68,7 +79,8 @@ def _stand_in(value: Any, rehearsal: Rehearsal) -> Any:
     return rehearsal.stand_in(value) if isinstance(value, torch.Tensor) else value
 
 
-def _cut(value: Any, wants: bool, rehearsal: Rehearsal) -> Any:
+def _cut(values: Sequence[Any], wanted: Wanted, rehearsal: Rehearsal) -> list[Any]:
     """As verification runs it: what wants a gradient is a copy, the rest is where it is."""
-    wants = wants and isinstance(value, torch.Tensor)
-    return rehearsal.copy(value) if wants else _stand_in(value, rehearsal)
+    return [
+        rehearsal.copy(v) if i in wanted else _stand_in(v, rehearsal) for i, v in enumerate(values)
+    ]

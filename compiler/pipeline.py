@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusewright.compiler import autocast, dump, ir, lazy, lower, rewrite, storage
+from fusewright.compiler import autocast, dump, ir, known, lazy, lower, rewrite, storage
 from fusewright.compiler.foresee import foresee
+from fusewright.compiler.known import Known
 from fusewright.compiler.match import Match, find
 from fusewright.compiler.normalize import NotNormalizable, drop_dead, normalize, simplify
 from fusewright.compiler.records import GraphBreak, GraphRecord, Verdict
@@ -39,6 +40,9 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """Compile one captured graph of a region; never fails unless the session is strict."""
     record = GraphRecord(kind, region)
+    if session.repeated is not None:  # what the first capture took and started
+        record.seconds, record.foreseen = session.repeated.seconds, session.repeated.foreseen
+        session.repeated = None
     session.records.append(record)
     _note_break(gm, record)
     if record.breaks and session.options.strict:
@@ -48,7 +52,8 @@ def compile_graph(
         with unseen_by_checkpoints():
             return _compile(gm, example_inputs, session, record)
     except NeedsStorage:
-        session.records.remove(record)  # the capture is repeated
+        session.records.remove(record)
+        session.repeated = record
         raise
     except Exception as error:
         # Whatever goes wrong in compiling, training goes on with the graph as captured.
@@ -85,7 +90,17 @@ def _compile(
     rewritten = copy.deepcopy(canonical)
     with _timed(record, "match"):
         deferred = match_and_rewrite(rewritten, session, record)
-        session.require(storage.wishes(settle(rewritten, session), gm.graph, rewritten.graph))
+        wishes = storage.wishes(settle(rewritten, session), gm.graph, rewritten.graph)
+
+    def foreseen() -> Known:
+        return _foreseen(canonical, rewritten, example_inputs, session, record, device)
+
+    try:
+        session.require(wishes)
+    except NeedsStorage as needed:
+        if record.matches:
+            needed.moved = foreseen  # the capture that follows is the same graph
+        raise
     writer.graph("02_rewrite", rewritten)
     record.canonical, record.rewritten = canonical, rewritten
     told = session.note if session.options.logits == "chunked" else None
@@ -95,17 +110,34 @@ def _compile(
         return _tracked(lazy.attach(run, deferred, told), session, record)
     if not record.matches:
         return _tracked(gm.forward, session, record)
-    verified = session.options.verify == "first_step"
-    with _timed(record, "foresee"):
-        record.foreseen = foresee(rewritten, canonical, example_inputs, verified, device)
+    before = foreseen()
     with _timed(record, "lower"):
         run = _lower(rewritten, example_inputs, session, record, device)
     run = run if deferred is None else lazy.attach(run, deferred, told)
-    if verified:
+    if session.options.verify == "first_step":
         plain = readable(canonical, session)
-        run = _verified(run, (canonical, plain), rewritten, record, session, device)
+        run = _verified(run, (canonical, plain), rewritten, record, session, device, before)
     writer.done()
     return _tracked(run, session, record)
+
+
+def _foreseen(
+    canonical: fx.GraphModule,
+    rewritten: fx.GraphModule,
+    example_inputs: list[Any],
+    session: Session,
+    record: GraphRecord,
+    device: str | None,
+) -> Known:
+    """What is known of the graph, whose kernels are being compiled once this returns."""
+    fingerprint = known.fingerprint(canonical, rewritten, example_inputs)
+    before = session.known.setdefault(fingerprint, Known()) if fingerprint else Known()
+    if known.wanted(example_inputs) not in before.foreseen:
+        verified = session.options.verify == "first_step"
+        with _timed(record, "foresee"):
+            record.foreseen = foresee(rewritten, canonical, example_inputs, verified, device)
+        before.foreseen.update(known.variants(canonical, example_inputs))
+    return before
 
 
 def checkpointed_bodies(gm: fx.GraphModule) -> list[str]:
@@ -246,18 +278,26 @@ def _verified(
     record: GraphRecord,
     session: Session,
     device: str | None,
+    before: Known,
 ) -> Callable[..., Any]:
     """Verify at the first run, on its real inputs; fall back to the captured graph if refused.
 
-    ``captured`` is the canonical graph, and the same as it runs in float64.
+    ``captured`` is the canonical graph, and the same as it runs in float64. What was found of an equal
+    graph ``before`` is not found again.
     """
     canonical, plain = captured
     chosen: list[Callable[..., Any]] = []
 
     def first(*args: Any) -> Any:
         if not chosen:
-            with _timed(record, "verify"), lower.autocast_off(device), unseen_by_checkpoints():
-                record.verdict = verify(canonical, rewritten, args, plain)
+            now = known.wanted(args)
+            if now not in before.verdicts:
+                with _timed(record, "verify"), lower.autocast_off(device), unseen_by_checkpoints():
+                    found = verify(canonical, rewritten, args, plain)
+                before.verdicts |= {w: v for w, v in found.items() if v.status == "accepted"}
+                record.verdict = found[now]
+            else:
+                record.verdict = before.verdicts[now]
             if record.verdict.status == "reverted":
                 chosen.append(lower.lower(canonical, list(args), "fx", device))
                 record.failure = f"reverted: {record.verdict.reason}"

@@ -202,7 +202,8 @@ def _draw(
 def _concrete(size: Any, sizes: dict[Any, int]) -> Any:
     if not isinstance(size, torch.SymInt):
         return size
-    return int(size.node.expr.subs(sizes))
+    expression = size.node.expr
+    return sizes[expression] if expression in sizes else int(expression.subs(sizes))
 
 
 def _hints(candidate: Candidate) -> dict[Any, int]:

@@ -5,6 +5,7 @@ The classes that ``optimize`` installs point here; nothing is global.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from fusewright.compiler.config import Options
+from fusewright.compiler.known import Known
 from fusewright.compiler.partition import Asked
 from fusewright.compiler.planning.execute import Memory
 from fusewright.compiler.records import GraphRecord
@@ -47,7 +49,8 @@ def dynamo_settings(kind: str) -> Callable[[], Callable[[], None]]:
     region may have RECOMPILE_LIMIT variants; a logger's call does not break the graph; floats (eps,
     scales) stay literals. Rows of tensors are symbolic from the start (:func:`mark_rows`) and
     feature widths literal. Integers are literal in blocks; the head reads ones that change from step
-    to step (a number of items), which Dynamo finds out.
+    to step (a number of items), which Dynamo finds out. Fake tensors' results are not cached: with
+    symbolic sizes an entry costs more than it saves.
     """
     import logging
 
@@ -60,14 +63,43 @@ def dynamo_settings(kind: str) -> Callable[[], Callable[[], None]]:
         ignored = "ignore_logger_methods"
     changes: dict[str, Any] = {
         "specialize_float": True,
+        "fake_tensor_cache_enabled": False,
         "recompile_limit": RECOMPILE_LIMIT,
         "accumulated_recompile_limit": 64 * RECOMPILE_LIMIT,
         ignored: _Functions(loggers | set(getattr(config, ignored))),
     }
     if kind != "head":
         changes["specialize_int"] = True
-    patcher: Callable[[], Callable[[], None]] = config._make_closure_patcher(**changes)
-    return patcher
+    return _without_timing(config._make_closure_patcher(**changes))
+
+
+def _without_timing(apply: Callable[[], Callable[[], None]]) -> Callable[[], Callable[[], None]]:
+    """The same settings, and Dynamo does not time the guards that it makes, for its log alone.
+
+    It empties the processor's caches before, 40 to 70 ms for each graph.
+    """
+    from torch._dynamo import guards
+
+    name = "profile_guard_manager"
+    timing = getattr(guards, name, None)
+    if timing is None:
+        return apply
+
+    def untimed(*_: Any) -> float:
+        return 0.0
+
+    def applied() -> Callable[[], None]:
+        revert = apply()
+        before = getattr(guards, name)
+        setattr(guards, name, untimed)
+
+        def reverted() -> None:
+            setattr(guards, name, before)
+            revert()
+
+        return reverted
+
+    return applied
 
 
 def mark_rows(values: Any) -> None:
@@ -93,6 +125,8 @@ class Session:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.records: list[GraphRecord] = []
+        self.known: dict[str, Known] = {}
+        self.repeated: GraphRecord | None = None  # of the capture that the next one repeats
         self.paths: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self.current: dict[str, list[GraphRecord]] = {}
         self.uncaptured: dict[str, str] = {}
@@ -134,12 +168,19 @@ class Session:
         mark_rows(kwargs.values())
         self.stored.check(module, self._running)
         revert = self.settings[kind]()
+        # A capture makes millions of objects and little garbage: looking for it is a tenth of the time.
+        # The head's first call has the whole model's inside.
+        paused = kind != "head" and path not in self.current and gc.isenabled()
+        if paused:
+            gc.disable()
         try:
             out = self._run(compiled, module, args, kwargs)
             # Not where it ends early, as the recompute of a checkpoint does.
             self._settle(path, module, ran)
             return out
         finally:
+            if paused:
+                gc.enable()
             revert()
             self._running, self._ran = outer
             self._module = outside
@@ -173,6 +214,7 @@ class Session:
             if not isinstance(wanted, NeedsStorage):
                 raise
         self.stored.ask(module, self._running, wanted.wishes)
+        wanted.moved()
         return compiled(module, *args, **kwargs)
 
     def require(self, wishes: list[Wish]) -> None:

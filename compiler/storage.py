@@ -46,11 +46,16 @@ class Wish:
 
 
 class NeedsStorage(Exception):
-    """Raised while a region is compiled: its parameters must be moved, and the capture repeated."""
+    """Raised while a region is compiled: its parameters must be moved, and the capture repeated.
+
+    Attributes:
+        moved: called when they are moved, before the capture is repeated.
+    """
 
     def __init__(self, wishes: Sequence[Wish]) -> None:
         super().__init__("the region's parameters are to be stored in another way")
         self.wishes = tuple(wishes)
+        self.moved: Callable[[], object] = lambda: None
 
 
 def wishes(storages: Sequence[Storage], captured: fx.Graph, canonical: fx.Graph) -> list[Wish]:

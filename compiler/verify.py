@@ -4,18 +4,23 @@ The region's real inputs are cut down along its symbolic sizes (a few rows, a fe
 three times: as captured, as rewritten, and as captured in float64. The rewrite stays if its error
 against float64 is not above eager's, on the outputs and on every gradient. Dropout is off in all
 three, since float64 would draw other masks.
+
+Where an equal graph will want the gradient of one input more (``fusewright.compiler.known``), the captured
+graph runs with it and the rewritten one both with it and without: what is wanted decides which kernels a
+backward runs.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from fusewright.compiler import ir
+from fusewright.compiler import ir, known
+from fusewright.compiler.known import Wanted
 from fusewright.compiler.records import Verdict
 
 log = logging.getLogger(__name__)
@@ -68,37 +73,63 @@ def verify(
     rewritten: fx.GraphModule,
     args: Sequence[Any],
     plain: fx.GraphModule | None = None,
-) -> Verdict:
+) -> dict[Wanted, Verdict]:
     """Whether the rewritten graph is at least as exact as the captured one, on real inputs.
 
-    ``plain`` is the captured graph in operators that run in float64, where it has others.
+    ``plain`` is the captured graph in operators that run in float64, where it has others. There is a
+    verdict for the inputs that want a gradient, and one for each further choice that could be made.
     """
+    *fewer, most = known.variants(canonical, args)
+    found = _verify(canonical, rewritten, args, plain, (most, *fewer))
+    if fewer and fewer[0] not in found:
+        found = _verify(canonical, rewritten, args, plain, tuple(fewer))  # not with one more
+    return found
+
+
+def _verify(
+    canonical: fx.GraphModule,
+    rewritten: fx.GraphModule,
+    args: Sequence[Any],
+    plain: fx.GraphModule | None,
+    variants: tuple[Wanted, ...],
+) -> dict[Wanted, Verdict]:
+    """Verdicts on the variants, of which the first wants what the others want."""
+    most = variants[0]
+
+    def unverified(reason: str) -> dict[Wanted, Verdict]:
+        return {most: Verdict(reason=reason)}
+
     try:
         cut = cut_inputs(canonical, args)
         kept = _kept(canonical, rewritten)
-        exact = _run(_Float64(plain or canonical), cut, torch.float64, kept)
+        exact = _run(_Float64(plain or canonical), cut, most, torch.float64, kept)
     except NotVerifiable as reason:
-        return Verdict(reason=str(reason))
+        return unverified(str(reason))
     except IndexError:
         raise  # a label or an id out of range, of which eager says the same
     except Exception as error:
         # Other libraries' operators refuse float64 in errors of any kind.
         log.debug("float64", exc_info=True)
-        return Verdict(reason=f"the region does not run in float64: {_brief(error)}")
+        return unverified(f"the region does not run in float64: {_brief(error)}")
     try:
-        eager = _run(Quiet(canonical), cut, None, kept)
+        eager = _run(Quiet(canonical), cut, most, None, kept)
     except Exception as error:
         # As above, by the cut sizes.
         log.debug("captured", exc_info=True)
-        return Verdict(reason=f"the region does not run on cut inputs: {_brief(error)}")
-    try:
-        ours = _run(Quiet(rewritten), cut, None, kept)
-    except Exception as error:
-        # Whatever our part of it raises, the captured graph runs in its place.
-        log.debug("rewritten", exc_info=True)
-        return Verdict(status="reverted", reason=f"the rewritten region failed: {_brief(error)}")
-    coarsest = max((torch.finfo(v.dtype).eps for v, _ in cut if _is_floating(v)), default=0.0)
-    return _judge(exact, eager, ours, coarsest)
+        return unverified(f"the region does not run on cut inputs: {_brief(error)}")
+    coarsest = max((torch.finfo(v.dtype).eps for v in cut if _is_floating(v)), default=0.0)
+    found = {}
+    for wanted in variants:
+        try:
+            ours = _run(Quiet(rewritten), cut, wanted, None, kept)
+        except Exception as error:
+            # Whatever our part of it raises, the captured graph runs in its place.
+            log.debug("rewritten", exc_info=True)
+            said = f"the rewritten region failed: {_brief(error)}"
+            found[wanted] = Verdict(status="reverted", reason=said)
+        else:
+            found[wanted] = _judge(exact.only(wanted), eager.only(wanted), ours.all, coarsest)
+    return found
 
 
 def _is_floating(value: Any) -> bool:
@@ -110,8 +141,8 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def cut_inputs(graph: fx.GraphModule, args: Sequence[Any]) -> list[tuple[Any, bool]]:
-    """The real inputs, cut to a few rows along every symbolic size, and whether each wants a gradient."""
+def cut_inputs(graph: fx.GraphModule, args: Sequence[Any]) -> list[Any]:
+    """The real inputs, cut to a few rows along every symbolic size; what is cut is in one piece again."""
     placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
     sizes: dict[Any, int] = {}
     for node, real in zip(placeholders, args, strict=True):
@@ -132,13 +163,14 @@ def cut_inputs(graph: fx.GraphModule, args: Sequence[Any]) -> list[tuple[Any, bo
                 if isinstance(symbolic, torch.SymInt):
                     piece = piece.narrow(dim, 0, _size(symbolic, sizes))
             total += 0 if isinstance(real, torch.nn.Parameter) else piece.numel()
+            if real.is_contiguous():
+                piece = piece.contiguous()  # as the real one is: kernels are chosen by it
             out.append(piece.requires_grad_(False))
         else:
             out.append(real)
     if total > _BUDGET:
         raise NotVerifiable("its inputs are large and their sizes static, so no slice can be cut")
-    wanted = [isinstance(a, torch.Tensor) and a.requires_grad for a in args]
-    return [(value, w) for value, w in zip(out, wanted, strict=True)]
+    return out
 
 
 def _size(symbolic: torch.SymInt, sizes: dict[Any, int]) -> int:
@@ -155,36 +187,53 @@ def _kept(canonical: fx.GraphModule, rewritten: fx.GraphModule) -> list[int]:
     return [i for i, (a, b) in pairs if a is not None and b is not None]
 
 
+class _Results(NamedTuple):
+    """Floating outputs of a run, and gradients by the places of their inputs."""
+
+    outputs: list[torch.Tensor | None]
+    gradients: dict[int, torch.Tensor | None]
+
+    @property
+    def all(self) -> list[torch.Tensor | None]:
+        return [*self.outputs, *self.gradients.values()]
+
+    def only(self, wanted: Wanted) -> list[torch.Tensor | None]:
+        """The outputs, and these gradients."""
+        return [*self.outputs, *(g for i, g in self.gradients.items() if i in wanted)]
+
+
 def _run(
     runner: fx.Interpreter,
-    cut: list[tuple[Any, bool]],
+    cut: list[Any],
+    wanted: Wanted,
     dtype: torch.dtype | None,
     kept: list[int],
-) -> list[torch.Tensor | None]:
-    """Outputs, then gradients of the inputs that want one, for one fixed cotangent."""
+) -> _Results:
+    """Outputs, and gradients of the wanted inputs, for one fixed cotangent."""
     leaves: list[Any] = []
-    for value, wants in cut:
+    for place, value in enumerate(cut):
         if isinstance(value, torch.Tensor):
             # What gets no gradient is not copied: a kernel may know a frozen weight by its memory.
-            value = value.clone() if wants else value.detach()
+            value = value.clone() if place in wanted else value.detach()
             if dtype is not None and value.is_floating_point():
                 value = value.to(dtype)
-            value.requires_grad_(wants)
+            value.requires_grad_(place in wanted)
         leaves.append(value)
     devices = sorted({v.device.index for v in leaves if isinstance(v, torch.Tensor) and v.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         outputs = _flat(runner.run(*leaves))
     results = [outputs[i] for i in kept if isinstance(outputs[i], torch.Tensor)]
-    floats = [r for r in results if r.requires_grad]
-    wanted = [v for (_, w), v in zip(cut, leaves, strict=True) if w]
+    results = [r for r in results if r.is_floating_point()]
+    places = sorted(wanted)
     generator = torch.Generator().manual_seed(3)
-    cotangents = [
-        torch.randn(r.shape, generator=generator).to(device=r.device, dtype=r.dtype) for r in floats
-    ]
+    pairs = [(r, torch.randn(r.shape, generator=generator).to(r)) for r in results]
+    pairs = [(r, c) for r, c in pairs if r.requires_grad]
     grads: Sequence[torch.Tensor | None] = ()
-    if floats and wanted:
-        grads = torch.autograd.grad(floats, wanted, cotangents, allow_unused=True)
-    return [r.detach() for r in results if r.is_floating_point()] + list(grads)
+    if pairs and places:
+        given = [leaves[i] for i in places]
+        floats, cotangents = zip(*pairs, strict=True)
+        grads = torch.autograd.grad(floats, given, cotangents, allow_unused=True)
+    return _Results([r.detach() for r in results], dict(zip(places, grads, strict=False)))
 
 
 def _flat(value: Any) -> list[Any]:

@@ -1,10 +1,11 @@
 """Compile kernels before they are launched, several at a time, while the host does something else.
 
 Triton compiles where a kernel is launched first, one after the other: its passes, ptxas, and up to
-Triton 3.6 a C compiler for the launcher of each signature. Most of it is outside of Python's lock, so
-threads of one process are enough. What is compiled here lies in Triton's own cache of the kernel when
-the launch comes; a launch that finds nothing there waits for what is under way, and then lets Triton
-compile as ever. So nothing depends on what is foreseen, neither results nor errors.
+Triton 3.6 a C compiler for the launcher of each signature. Other processes do the first two
+(``fusewright.kernels.beside``) and threads the rest, or all of it where there are no processes. What is
+compiled here lies in Triton's own cache of the kernel when the launch comes; a launch that finds nothing
+there waits for what is under way, and then lets Triton compile as ever. So nothing depends on what is
+foreseen, neither results nor errors.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+
+from fusewright.kernels import beside
+from fusewright.kernels.launch import HAS_TRITON
 
 log = logging.getLogger("fusewright")
 _MOST = 16  # threads: more are slowed by the part of a compilation that holds Python's lock
@@ -51,6 +55,12 @@ class Kernel(NamedTuple):
             for a in self.arguments
         )
         return (id(self.function), arguments, tuple(self.options.items()))
+
+
+def prepare() -> None:
+    """Start the processes that compile, so that they are there when the first kernel is foreseen."""
+    if HAS_TRITON and torch.cuda.is_available():
+        beside.server(_cores() - 1)
 
 
 def start(kernels: Sequence[Kernel], device: torch.device) -> None:
@@ -94,9 +104,11 @@ def _compile(kernels: Sequence[Kernel], device: torch.device) -> None:
             torch.cuda.set_device(device)  # each thread has its own current device
 
     here()
-    with ThreadPoolExecutor(min(_cores(), len(kernels)), "fusewright-kernel", here) as pool:
+    server = beside.server(_cores() - 1)
+    threads = len(kernels) if server else min(_cores(), len(kernels))  # they wait, or they compile
+    with ThreadPoolExecutor(threads, "fusewright-kernel", here) as pool:
         made = []
-        with _asynchronous(pool):
+        with _asynchronous(beside.Elsewhere(server, pool, _load) if server else pool):
             for kernel in kernels:
                 # Under Triton's mode this specialises, here, and leaves compiling to the pool.
                 try:
@@ -108,7 +120,7 @@ def _compile(kernels: Sequence[Kernel], device: torch.device) -> None:
         list(pool.map(_load, made))
 
 
-def _asynchronous(pool: ThreadPoolExecutor) -> Any:
+def _asynchronous(pool: Executor) -> Any:
     """Triton's mode that compiles in a pool; without one, the same one after the other."""
     try:
         from triton.runtime._async_compile import AsyncCompileMode

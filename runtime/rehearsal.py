@@ -57,6 +57,7 @@ class Rehearsal:
         self.failures: list[str] = []
         self._hosts = hosts() if functions is None else functions
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._mode.cache_enabled = True  # the same operations come again and again
         self._bases: dict[int, int] = {}
         self._kept: list[torch.Tensor] = []
 

@@ -87,6 +87,44 @@ def test_a_right_rewrite_is_accepted() -> None:
     assert record.verdict.backward is None or record.verdict.backward >= 0
 
 
+class _Cut(RMSNorm):
+    """Proves the norm and then emits one that keeps the gradient from its input alone."""
+
+    def candidates(self, anchor: fx.Node) -> Iterator[Candidate]:
+        for candidate in super().candidates(anchor):
+            yield replace(candidate, emit=self._emit(candidate))
+
+    def _emit(self, candidate: Candidate) -> Any:
+        def emit(graph: fx.Graph, read: Mapping[str, Any]) -> Any:
+            cut = call(graph, torch.ops.aten.detach.default, (read["x"],))
+            return candidate.emit(graph, {**read, "x": cut})
+
+        return emit
+
+
+def _layers(pattern: RMSNorm) -> list[Any]:
+    """The records of a first layer, behind which nothing is trained, and of one more of its kind."""
+    compiled = compile_one(_norm, verify="first_step", strict=False)
+    compiled.session.options = replace(compiled.session.options, patterns=(pattern,))
+    w = perturbed(16)
+    for x in (rows(2, 5, 16).detach(), rows(2, 5, 16)):
+        compiled.run(x, w).sum().backward()
+    assert x.grad is not None and bool(x.grad.any())
+    return compiled.session.records
+
+
+def test_equal_layers_are_verified_once() -> None:
+    first, second = _layers(RMSNorm())
+    assert first.verdict.status == second.verdict.status == "accepted"
+    assert "verify" in first.seconds and "verify" not in second.seconds
+
+
+def test_what_only_the_second_layer_needs_is_verified() -> None:
+    first, second = _layers(_Cut())
+    assert first.verdict.status == "accepted"
+    assert second.verdict.status == "reverted" and second.verdict.reason
+
+
 def _noisy(exact: torch.Tensor, size: float, seed: int) -> torch.Tensor:
     noise = torch.randn(exact.shape, generator=torch.Generator().manual_seed(seed))
     return exact + size * exact.norm() * noise / noise.norm()

@@ -76,7 +76,8 @@ def _model(mode: str) -> Any:
     if mode == "4 bits":
         pytest.importorskip("bitsandbytes")
         return quantised.build(quantised.Form(compute=BF16, dtype=BF16), thin=BF16)
-    model = models.build("llama", layers=1).to(BF16)
+    # the second of two layers launches what the first does not: the gradient of its input
+    model = models.build("llama", layers=2 if mode == "lora" else 1).to(BF16)
     return model if mode == "full" else models.with_lora(model).to(BF16)
 
 
