@@ -1,0 +1,159 @@
+"""What a training step costs the host, by layer: ``python bench/host_step.py W1 W4``.
+
+The workloads of ``step_work`` with tiny widths and two depths, on a CPU that poses for a GPU: the ops
+are registered with their host functions and stubs stand where compiled kernels would be launched (as in
+``host_cost``), so all of the step's Python runs and hardly anything is computed. The difference of the
+two depths by layers is what one layer costs; the rest is the head, the embedding and the loss. What
+the CPU computes (products, attention) is in the figures; ``--profile`` tells it from the host's own.
+
+Columns: milliseconds of a step, microseconds and launches of one layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import gc
+import json
+import os
+import pstats
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_WIDTHS = {
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 256,
+    "vocab_size": 512,
+}
+
+
+class _Compiled:
+    """Stands for a compiled kernel; launching it counts."""
+
+    function, packed_metadata = 1, (4, 1, 0)
+    launched = 0
+
+    @staticmethod
+    def run(*arguments: Any) -> None:
+        _Compiled.launched += 1
+
+
+class _Kernel:
+    def __getitem__(self, grid: tuple[int, int]) -> Callable[..., _Compiled]:
+        _Compiled.launched += 1
+        return lambda *arguments, **options: _Compiled()
+
+
+def pose() -> None:
+    """Have the ops take the CPU for their GPU, with nothing behind the launches."""
+    from fusewright.kernels import launcher, lora_products, room, thin
+    from fusewright.runtime import op
+
+    register = op.register
+    op.register = lambda spec, library: register(spec, library, "cpu")
+    launcher.Launcher.kernel = property(  # type: ignore[assignment]
+        lambda self: _Kernel(), lambda self, kernel: None
+    )
+    torch._assert_async = lambda *arguments: None  # type: ignore[assignment]
+    room.serves = lambda device, dtype: dtype is not torch.float32
+    lora_products._multiply = lambda blocks, terms, wide, copies: thin.thin(
+        blocks, terms, wide, copies
+    )
+
+
+def trainee(name: str, layers: int, lowering: str) -> Any:
+    """A workload's model with this many layers, optimised."""
+    from step_models import Trainee
+    from step_work import WORK
+
+    work = WORK[name]
+    shape = work.shape | _WIDTHS | {"num_hidden_layers": layers}
+    tiny = replace(work, shape=shape, batch=(2, 16))
+    saved = Path(tempfile.mkdtemp()) / "saved"
+    return Trainee(tiny, f"ours:lowering={lowering}:verify=off", "cpu", saved)
+
+
+def stepper(made: Any) -> Callable[[], None]:
+    """Forward and backward; gradients are dropped as an optimizer's zero_grad does."""
+    trained = [p for p in made.raw.parameters() if p.requires_grad]
+
+    def step() -> None:
+        made.forward_backward()
+        for p in trained:
+            p.grad = None
+
+    return step
+
+
+def timed(step: Callable[[], None], rounds: int) -> tuple[float, int]:
+    """Milliseconds of a step, the best of some rounds, and launches."""
+    for _ in range(4):  # captures, plans, guards that are learned
+        step()
+    best = float("inf")
+    gc.collect()
+    gc.disable()
+    for _ in range(rounds):
+        before, started = _Compiled.launched, time.process_time()
+        step()
+        best = min(best, time.process_time() - started)
+        launched = _Compiled.launched - before
+    gc.enable()
+    return best * 1e3, launched
+
+
+def profiled(step: Callable[[], None], path: str) -> None:
+    """The functions that a step's time goes to, by cProfile."""
+    profile = cProfile.Profile()
+    profile.enable()
+    for _ in range(5):
+        step()
+    profile.disable()
+    profile.dump_stats(path)
+    pstats.Stats(profile).sort_stats("tottime").print_stats(45)
+
+
+def main() -> None:
+    """Print a line per workload; ``--json PATH`` writes them too."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("works", nargs="*", default=["W1", "W4"])
+    parser.add_argument("--lowering", default="fx", choices=("fx", "inductor"))
+    parser.add_argument("--layers", type=int, nargs=2, default=(4, 12))
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--profile", help="where to write what cProfile finds in the deeper model")
+    parser.add_argument("--json", help="where to write the numbers")
+    given = parser.parse_args()
+    os.environ["FUSEWRIGHT_VERIFY"] = "off"
+    torch.set_num_threads(1)
+    pose()
+    rows = []
+    few, many = given.layers
+    print(f"{'':>6}{'step ms':>10}{'us a layer':>12}{'launches a layer':>18}{'rest ms':>10}")
+    for name in given.works:
+        (less, launched), step = timed(stepper(trainee(name, few, given.lowering)), given.rounds), (
+            stepper(trainee(name, many, given.lowering))
+        )
+        more, all_launched = timed(step, given.rounds)
+        layer = (more - less) / (many - few)
+        each = (all_launched - launched) / (many - few)
+        rest = more - many * layer
+        print(f"{name:>6}{more:10.2f}{layer * 1e3:12.0f}{each:18.1f}{rest:10.2f}")
+        rows.append({"work": name, "layers": many, "step_ms": more, "layer_us": layer * 1e3,
+                     "launches_a_layer": each, "rest_ms": rest})  # fmt: skip
+        if given.profile:
+            profiled(step, given.profile)
+    if given.json:
+        whole = {"torch": torch.__version__, "lowering": given.lowering, "rows": rows}
+        Path(given.json).write_text(json.dumps(whole, indent=1))
+
+
+if __name__ == "__main__":
+    main()
