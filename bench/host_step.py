@@ -12,16 +12,17 @@ Columns: milliseconds of a step, microseconds and launches of one layer.
 from __future__ import annotations
 
 import argparse
-import cProfile
 import gc
 import json
 import os
-import pstats
+import signal
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class _Kernel:
 def pose() -> None:
     """Have the ops take the CPU for their GPU, with nothing behind the launches."""
     from fusewright.kernels import launcher, lora_products, room, thin
-    from fusewright.runtime import op
+    from fusewright.runtime import op, recording
 
     register = op.register
     op.register = lambda spec, library: register(spec, library, "cpu")
@@ -64,6 +65,7 @@ def pose() -> None:
         lambda self: _Kernel(), lambda self, kernel: None
     )
     torch._assert_async = lambda *arguments: None  # type: ignore[assignment]
+    launcher.current_stream = recording.current_stream = lambda index: 0
     room.serves = lambda device, dtype: dtype is not torch.float32
     lora_products._multiply = lambda blocks, terms, wide, copies: thin.thin(
         blocks, terms, wide, copies
@@ -110,15 +112,42 @@ def timed(step: Callable[[], None], rounds: int) -> tuple[float, int]:
     return best * 1e3, launched
 
 
-def profiled(step: Callable[[], None], path: str) -> None:
-    """The functions that a step's time goes to, by cProfile."""
-    profile = cProfile.Profile()
-    profile.enable()
-    for _ in range(5):
-        step()
-    profile.disable()
-    profile.dump_stats(path)
-    pstats.Stats(profile).sort_stats("tottime").print_stats(45)
+class _Sampler:
+    """Looks every so often at what Python is doing; a timer of the process's own time wakes it."""
+
+    def __init__(self, interval: float = 0.0004) -> None:
+        self.interval, self.samples = interval, 0
+        self.own: Counter[str] = Counter()  # functions by the samples that found them running
+        self.whole: Counter[str] = Counter()  # and those that found them on the stack
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        names = []
+        while frame is not None:
+            code = frame.f_code
+            where = code.co_filename.rpartition("site-packages/")[2][-60:]
+            names.append(f"{where}:{code.co_firstlineno} {code.co_name}")
+            frame = frame.f_back
+        self.samples += 1
+        self.own[names[0]] += 1
+        self.whole.update(set(names))
+
+    def run(self, step: Callable[[], None], steps: int) -> None:
+        """Sample while ``step`` runs so often."""
+        before = signal.signal(signal.SIGPROF, self)
+        signal.setitimer(signal.ITIMER_PROF, self.interval, self.interval)
+        for _ in range(steps):
+            step()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+    def told(self, microseconds: float, most: int) -> str:
+        """Microseconds of functions alone, and with what they call."""
+        lines = []
+        for title, found in (("alone", self.own), ("whole", self.whole)):
+            lines.append(f"-- {title}")
+            for name, count in found.most_common(most):
+                lines.append(f"{count / self.samples * microseconds:10.0f}  {name}")
+        return "\n".join(lines)
 
 
 def main() -> None:
@@ -128,7 +157,7 @@ def main() -> None:
     parser.add_argument("--lowering", default="fx", choices=("fx", "inductor"))
     parser.add_argument("--layers", type=int, nargs=2, default=(4, 12))
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--profile", help="where to write what cProfile finds in the deeper model")
+    parser.add_argument("--profile", type=int, metavar="N", help="tell the N dearest functions")
     parser.add_argument("--json", help="where to write the numbers")
     given = parser.parse_args()
     os.environ["FUSEWRIGHT_VERIFY"] = "off"
@@ -138,8 +167,9 @@ def main() -> None:
     few, many = given.layers
     print(f"{'':>6}{'step ms':>10}{'us a layer':>12}{'launches a layer':>18}{'rest ms':>10}")
     for name in given.works:
-        (less, launched), step = timed(stepper(trainee(name, few, given.lowering)), given.rounds), (
-            stepper(trainee(name, many, given.lowering))
+        (less, launched), step = (
+            timed(stepper(trainee(name, few, given.lowering)), given.rounds),
+            (stepper(trainee(name, many, given.lowering))),
         )
         more, all_launched = timed(step, given.rounds)
         layer = (more - less) / (many - few)
@@ -149,7 +179,9 @@ def main() -> None:
         rows.append({"work": name, "layers": many, "step_ms": more, "layer_us": layer * 1e3,
                      "launches_a_layer": each, "rest_ms": rest})  # fmt: skip
         if given.profile:
-            profiled(step, given.profile)
+            sampler = _Sampler()
+            sampler.run(step, max(1, int(4000 / more)))
+            print(sampler.told(more * 1e3 / many, given.profile))
     if given.json:
         whole = {"torch": torch.__version__, "lowering": given.lowering, "rows": rows}
         Path(given.json).write_text(json.dumps(whole, indent=1))

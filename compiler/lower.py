@@ -10,12 +10,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.graph import _BoxedCodeGen
 
 from fusewright.compiler import ir, partition
+from fusewright.compiler.halves import Halves, at_once
 from fusewright.compiler.partition import Asked
 
 aten = torch.ops.aten
@@ -78,27 +82,37 @@ def autocast_off(device: str | None) -> Any:
 def _inductor(
     gm: fx.GraphModule, example_inputs: list[Any], splitting: Asked | None
 ) -> Callable[..., Any]:
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     patches: dict[str, Any] = {"fallback_random": True} if _draws(gm) else {}
-    if splitting is not None:
-        from fusewright.compiler.inductor_partition import Partitioner
+    if splitting is None:
+        whole: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
+        return whole  # type: ignore[no-any-return]
+    from fusewright.compiler.inductor_partition import Partitioner
 
-        patches["custom_partitioner_fn"] = Partitioner(splitting)
-    run: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
-    compiled: Callable[..., Any] = run
-    return compiled
+    halves = Halves(gm.graph)
+    patches["custom_partitioner_fn"] = Partitioner(replace(splitting, split=halves.split))
+
+    def inner(graph: fx.GraphModule, inputs: Any, **given: Any) -> Any:
+        made = compile_fx_inner(graph, inputs, **given)
+        halves.compiled(made, not given.get("is_backward", False))
+        return made
+
+    with at_once():
+        run: Any = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches)
+    return halves.around(run)
 
 
 def _split_fx(
     gm: fx.GraphModule, example_inputs: list[Any], splitting: Asked
 ) -> Callable[..., Any]:
     """AOTAutograd's forward and backward, each run as the Python that fx generates."""
-    from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
     from torch._guards import TracingContext
 
-    def half(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+    halves = Halves(gm.graph)
+
+    def half(forward: bool, graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         context = TracingContext.try_get()
         if context is not None and context.fw_metadata is not None:
             # Nothing here writes over what was saved, so a second backward stays possible.
@@ -106,14 +120,30 @@ def _split_fx(
         # Views were chosen by the fake tensors' strides, and the real ones may be others.
         for node in graph.graph.find_nodes(op="call_function", target=aten.view.default):
             node.target = aten.reshape.default
-        graph.recompile()
-        boxed: Callable[..., Any] = make_boxed_func(graph.forward)
+        boxed = _boxed(graph)
+        halves.compiled(boxed, forward)
         return boxed
 
-    ours = functools.partial(partition.partition, splitting)
-    backend = aot_autograd(fw_compiler=half, bw_compiler=half, partition_fn=ours)
-    compiled: Callable[..., Any] = backend(gm, example_inputs)
-    return compiled
+    ours = functools.partial(partition.partition, replace(splitting, split=halves.split))
+    backend = aot_autograd(
+        fw_compiler=functools.partial(half, True),
+        bw_compiler=functools.partial(half, False),
+        partition_fn=ours,
+    )
+    with at_once():
+        run = backend(gm, example_inputs)
+    return halves.around(run)
+
+
+def _boxed(graph: fx.GraphModule) -> Callable[..., Any]:
+    """A graph as a function of a list, which it empties: what is read last is freed at once."""
+    graph.graph.set_codegen(_BoxedCodeGen())
+    graph.recompile()
+    _LazyGraphModule.force_recompile(graph)  # else each call asks whether it is compiled
+    run: Any = functools.partial(type(graph).forward, graph)
+    run._boxed_call = True
+    boxed: Callable[..., Any] = run
+    return boxed
 
 
 def _draws(gm: fx.GraphModule) -> bool:

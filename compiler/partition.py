@@ -55,6 +55,7 @@ class Asked:
         parameters: places of the inputs that are parameters, and how many inputs there are.
         look: is handed the joint graph as it was read, before anything is marked.
         cut: makes the cut of a planned choice, which ``level`` then names.
+        split: is handed the two halves and how many results the forward has.
     """
 
     level: str
@@ -63,6 +64,7 @@ class Asked:
     inputs: int = 0
     look: Callable[[Joint], None] | None = None
     cut: Callable[[Joint], cuts.Cut] | None = None
+    split: Callable[[fx.GraphModule, fx.GraphModule, int], None] | None = None
 
     @classmethod
     def of(cls, graph: fx.Graph, level: str, tell: Callable[[Partitioned], None]) -> Asked:
@@ -137,6 +139,8 @@ def partition(
     gated_layers.backward(halves[1])
     pieces.spread(halves[1])
     residual_backward.fold(halves[1])
+    if asked.split is not None:
+        asked.split(*halves, num_fwd_outputs)
     return halves
 
 

@@ -1,0 +1,181 @@
+"""A region's forward and backward as one autograd function, without AOTAutograd's wrappers around it.
+
+AOTAutograd prepares each call for whatever a graph may do: write over inputs, return views of them,
+make tensors of subclasses. Most blocks do nothing of that, and then what is left is to run one half,
+keep what the other half reads, and run that. What lives as long as the module does, its parameters and
+what belongs to them, is kept as it is: autograd's hooks on saved tensors (an activation checkpoint, say)
+have nothing to gain of it, and of 70 tensors that a layer over 4-bit weights keeps it is 60. That
+nobody has written over it is checked as autograd does, by its version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch._dynamo import compiled_autograd
+
+from fusewright.runtime.rule import picker
+
+Call = Callable[..., Any]
+_BOXED = hasattr(torch.autograd.function.BackwardCFunction, "apply_boxed")
+_MODIFIED = (
+    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+    "a tensor {shape} of the module is at version {got}; expected version {expected} instead"
+)
+_DETERMINISTIC = (
+    "This compiled backward function is being run with torch.use_deterministic_algorithms(True), but "
+    "the forward was compiled while torch.use_deterministic_algorithms(False) was set."
+)
+
+_DONATED = (
+    "This backward function was compiled with donated buffers, which needs create_graph=False and "
+    "retain_graph=False in all backward() calls; torch._functorch.config.donated_buffer=False "
+    "compiles it without."
+)
+
+
+class Layout(NamedTuple):
+    """What the halves of a region take and give.
+
+    Positions in the *pool* count the forward's arguments and then everything that it gives.
+
+    Attributes:
+        results: how many of the values that the forward gives are the region's own, from the first.
+        plain: those of them that have no gradient.
+        dynamic: (which of them, its dimensions that Dynamo is to take for symbolic).
+        differentiable: arguments that the backward has gradients of.
+        numbers: positions in the pool of sizes that the backward reads.
+        kept: positions of tensors that it reads.
+        static: arguments that it reads and that live as long as the module does.
+        tangents: results whose gradients it reads.
+        order: its arguments, as positions in numbers + kept + static + tangents.
+        fits: per tangent, what brings it into the strides in which the backward reads it.
+        undetermined: whether it was compiled where algorithms need not be deterministic.
+        donated: whether the backward writes over what was kept, and can run once only.
+    """
+
+    results: int
+    plain: tuple[int, ...]
+    dynamic: tuple[tuple[int, frozenset[int]], ...]
+    differentiable: tuple[int, ...]
+    numbers: tuple[int, ...]
+    kept: tuple[int, ...]
+    static: tuple[int, ...]
+    tangents: tuple[int, ...]
+    order: tuple[int, ...]
+    fits: tuple[Call, ...]
+    undetermined: bool
+    donated: bool = False
+
+
+def watched() -> bool:
+    """Whether somebody wants to see the region's calls: a transform, or autograd that is compiled."""
+    return (
+        torch._C._are_functorch_transforms_active() or compiled_autograd.compiled_autograd_enabled
+    )
+
+
+def fitting(form: Any) -> Call:
+    """What brings a gradient into AOTAutograd's ``MemoryFormatMeta``."""
+    wanted, size, stride = form.memory_format, form.size, form.stride
+    if wanted is not None:
+        return lambda t: (
+            t if t.is_contiguous(memory_format=wanted) else t.contiguous(memory_format=wanted)
+        )
+
+    def fit(t: torch.Tensor) -> torch.Tensor:
+        if t.stride() == stride:
+            return t
+        return torch.empty_strided(size, stride, dtype=t.dtype, device=t.device).copy_(t)
+
+    return fit
+
+
+def _owned(t: torch.Tensor) -> torch.Tensor:
+    """What may be saved: a view would keep autograd's record of what it is a view of."""
+    return t.detach() if t._is_view() else t
+
+
+def _told(t: torch.Tensor, dims: frozenset[int]) -> None:
+    """Mark a result's symbolic sizes, as AOTAutograd does."""
+    t._dynamo_weak_dynamic_indices = set(dims)  # type: ignore[attr-defined]
+    t._has_dynamo_dim_marking = True  # type: ignore[attr-defined]
+
+
+def _unchanged(static: Sequence[torch.Tensor], versions: Sequence[int]) -> None:
+    for t, expected in zip(static, versions, strict=True):
+        if t._version != expected:
+            shape = tuple(t.shape)
+            raise RuntimeError(_MODIFIED.format(shape=shape, got=t._version, expected=expected))
+
+
+def joined(forward: Call, backward: Call, layout: Layout) -> Call:
+    """The region as a function of its list of arguments.
+
+    Args:
+        forward, backward: the compiled halves; each takes a list, which it may empty.
+        layout: what they take and give.
+    """
+    results, undetermined = layout.results, layout.undetermined
+    kept_of, static_of, numbers_of = map(picker, (layout.kept, layout.static, layout.numbers))
+    gradients_of, order = picker(layout.differentiable), picker(layout.order)
+    tangents = tuple(zip(layout.tangents, layout.fits, strict=True))
+    bare = torch._C.DisableTorchFunctionSubclass
+
+    def pull(ctx: Any, *grads: Any) -> Any:
+        saved, (static, versions, numbers) = ctx.saved_tensors, ctx.rest
+        if undetermined and torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError(_DETERMINISTIC)
+        if layout.donated and torch._C._autograd._get_current_graph_task_keep_graph():
+            raise RuntimeError(_DONATED)
+        with bare():
+            ups = [fit(grads[at]) for at, fit in tangents]
+            _unchanged(static, versions)
+            given = [*order((*numbers, *saved, *static, *ups))]
+            del saved, grads, ups
+            ctx.maybe_clear_saved_tensors()
+            return (None, *gradients_of(backward(given)))
+
+    refusing = torch.autograd.function.once_differentiable(pull)
+
+    class Region(torch.autograd.Function):
+        boxed_grads_call = _BOXED  # they come in a list that may be emptied
+
+        @staticmethod
+        def forward(ctx: Any, args: list[Any], *watched: Any) -> Any:
+            with bare():
+                static = static_of(args)
+                versions = [t._version for t in static]
+                outs = forward([*args])
+                pool = (*args, *outs)
+                ctx.save_for_backward(*map(_owned, kept_of(pool)))
+                ctx.rest = static, versions, numbers_of(pool)
+                made = [
+                    torch.ops.aten._unsafe_view(t, t.shape) if t._is_view() else t
+                    for t in outs[:results]
+                ]
+            if layout.plain:
+                ctx.mark_non_differentiable(*[made[at] for at in layout.plain])
+            ctx._materialize_non_diff_grads = False
+            return tuple(made)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            if _BOXED:
+                (whole,) = grads
+                grads = (*whole,)
+                whole.clear()
+            return (refusing if torch.is_grad_enabled() else pull)(ctx, *grads)
+
+    parent: Any = super(torch.autograd.Function, Region)
+    apply = parent.apply  # what is left of apply where there are no transforms
+
+    def call(args: Sequence[Any]) -> Any:
+        out = apply(args, *gradients_of(args))
+        for at, dims in layout.dynamic:
+            _told(out[at], dims)
+        return out
+
+    return call
