@@ -6,7 +6,8 @@ are registered with their host functions and stubs stand where compiled kernels 
 two depths by layers is what one layer costs; the rest is the head, the embedding and the loss. What
 the CPU computes (products, attention) is in the figures; ``--profile`` tells it from the host's own.
 
-Columns: milliseconds of a step, microseconds and launches of one layer.
+Columns: milliseconds of a step, microseconds and launches of one layer, and the eager operation of
+``host_cost`` that tells how fast the machine is.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from host_cost import eager
 
 _WIDTHS = {
     "hidden_size": 128,
@@ -96,20 +98,31 @@ def stepper(made: Any) -> Callable[[], None]:
     return step
 
 
-def timed(step: Callable[[], None], rounds: int) -> tuple[float, int]:
-    """Milliseconds of a step, the best of some rounds, and launches."""
-    for _ in range(4):  # captures, plans, guards that are learned
-        step()
-    best = float("inf")
+def timed(steps: list[Callable[[], None]], rounds: int) -> tuple[list[float], list[int], float]:
+    """Milliseconds of each step and its launches, and the microseconds of ``host_cost.eager``.
+
+    The best of some rounds; in a round each has its turn, so that a machine which is slow for a while
+    is slow for all of them.
+    """
+    reference = eager()
+    for step in steps:
+        for _ in range(4):  # captures, plans, guards that are learned
+            step()
+    best, launches, least = [float("inf")] * len(steps), [0] * len(steps), float("inf")
     gc.collect()
     gc.disable()
     for _ in range(rounds):
-        before, started = _Compiled.launched, time.process_time()
-        step()
-        best = min(best, time.process_time() - started)
-        launched = _Compiled.launched - before
+        for at, step in enumerate(steps):
+            before, started = _Compiled.launched, time.process_time()
+            step()
+            best[at] = min(best[at], time.process_time() - started)
+            launches[at] = _Compiled.launched - before
+        started = time.process_time()
+        for _ in range(200):
+            reference()
+        least = min(least, (time.process_time() - started) / 200)
     gc.enable()
-    return best * 1e3, launched
+    return [b * 1e3 for b in best], launches, least * 1e6
 
 
 class _Sampler:
@@ -165,19 +178,20 @@ def main() -> None:
     pose()
     rows = []
     few, many = given.layers
-    print(f"{'':>6}{'step ms':>10}{'us a layer':>12}{'launches a layer':>18}{'rest ms':>10}")
+    print(
+        f"{'':>6}{'step ms':>10}{'us a layer':>12}{'launches a layer':>18}{'rest ms':>10}{'eager us':>10}"
+    )
     for name in given.works:
-        (less, launched), step = (
-            timed(stepper(trainee(name, few, given.lowering)), given.rounds),
-            (stepper(trainee(name, many, given.lowering))),
+        steps = [stepper(trainee(name, n, given.lowering)) for n in given.layers]
+        (less, more), launched, reference = timed(steps, given.rounds)
+        step, layer = steps[1], (more - less) / (many - few)
+        each, rest = (launched[1] - launched[0]) / (many - few), more - many * layer
+        print(
+            f"{name:>6}{more:10.2f}{layer * 1e3:12.0f}{each:18.1f}{rest:10.2f}{reference:10.2f}",
+            flush=True,
         )
-        more, all_launched = timed(step, given.rounds)
-        layer = (more - less) / (many - few)
-        each = (all_launched - launched) / (many - few)
-        rest = more - many * layer
-        print(f"{name:>6}{more:10.2f}{layer * 1e3:12.0f}{each:18.1f}{rest:10.2f}")
         rows.append({"work": name, "layers": many, "step_ms": more, "layer_us": layer * 1e3,
-                     "launches_a_layer": each, "rest_ms": rest})  # fmt: skip
+                     "launches_a_layer": each, "rest_ms": rest, "eager_us": reference})  # fmt: skip
         if given.profile:
             sampler = _Sampler()
             sampler.run(step, max(1, int(4000 / more)))
