@@ -6,13 +6,14 @@ are registered with their host functions and stubs stand where compiled kernels 
 two depths by layers is what one layer costs; the rest is the head, the embedding and the loss. What
 the CPU computes (products, attention) is in the figures; ``--profile`` tells it from the host's own.
 
-Columns: milliseconds of a step, microseconds and launches of one layer, and the eager operation of
+Columns: milliseconds of a step, microseconds, function calls and launches of one layer, and the eager operation of
 ``host_cost`` that tells how fast the machine is.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import gc
 import json
 import os
@@ -125,6 +126,15 @@ def timed(steps: list[Callable[[], None]], rounds: int) -> tuple[list[float], li
     return [b * 1e3 for b in best], launches, least * 1e6
 
 
+def calls(step: Callable[[], None]) -> int:
+    """How many functions, Python's and C's, are called in a step: what other processes cannot alter."""
+    profile = cProfile.Profile()
+    profile.enable()
+    step()
+    profile.disable()
+    return sum(entry.callcount for entry in profile.getstats())
+
+
 class _Sampler:
     """Looks every so often at what Python is doing; a timer of the process's own time wakes it."""
 
@@ -179,19 +189,20 @@ def main() -> None:
     rows = []
     few, many = given.layers
     print(
-        f"{'':>6}{'step ms':>10}{'us a layer':>12}{'launches a layer':>18}{'rest ms':>10}{'eager us':>10}"
+        f"{'':>6}{'step ms':>10}{'us a layer':>12}{'calls':>8}{'launches':>10}{'rest ms':>10}{'eager us':>10}"
     )
     for name in given.works:
         steps = [stepper(trainee(name, n, given.lowering)) for n in given.layers]
         (less, more), launched, reference = timed(steps, given.rounds)
         step, layer = steps[1], (more - less) / (many - few)
+        called = (calls(steps[1]) - calls(steps[0])) / (many - few)
         each, rest = (launched[1] - launched[0]) / (many - few), more - many * layer
         print(
-            f"{name:>6}{more:10.2f}{layer * 1e3:12.0f}{each:18.1f}{rest:10.2f}{reference:10.2f}",
+            f"{name:>6}{more:10.2f}{layer * 1e3:12.0f}{called:8.0f}{each:10.1f}{rest:10.2f}{reference:10.2f}",
             flush=True,
         )
         rows.append({"work": name, "layers": many, "step_ms": more, "layer_us": layer * 1e3,
-                     "launches_a_layer": each, "rest_ms": rest, "eager_us": reference})  # fmt: skip
+                     "calls_a_layer": called, "launches_a_layer": each, "rest_ms": rest, "eager_us": reference})  # fmt: skip
         if given.profile:
             sampler = _Sampler()
             sampler.run(step, max(1, int(4000 / more)))
