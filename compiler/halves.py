@@ -7,6 +7,7 @@ that those calls are for, ``runtime.region`` runs it instead.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ from torch._functorch import config
 from torch._guards import TracingContext
 
 from fusewright.compiler import ir
-from fusewright.runtime.region import Layout, fitting, joined, watched
+from fusewright.compiler.partition import Asked
+from fusewright.runtime.region import Layout, Values, fitting, joined, watched
 
 Call = Callable[..., Any]
 _EMPTY = (
@@ -76,16 +78,26 @@ class Halves:
         if self._ends is not None and self._metadata is not None and not self._autocast:
             self._layout = _layout(self._ends, self._metadata, self._static)
 
-    def around(self, run: Call) -> Call:
-        """The halves by themselves where that is all there is to ``run``, AOTAutograd's function."""
+    def around(self, run: Call, asked: Asked, random: bool) -> Call:
+        """The halves by themselves where that is all there is to ``run``, AOTAutograd's function.
+
+        Args:
+            run: it.
+            asked: ``asked.repeats`` is called for each call, if the halves can be run by themselves
+                and without ``random`` numbers: is the forward to be run again in the backward?
+            random: whether the region draws any.
+        """
         layout, metadata = self._layout, self._metadata
         if layout is None or self._forward is None or self._backward is None:
             return run
         if _asks_for_more(metadata):
             return run
         layout = layout._replace(donated=bool(metadata.bw_donated_idxs))
-        own = joined(self._forward, self._backward, layout)
-        return lambda *args: run(*args) if watched() else own(args)
+        once, again = joined(self._forward, self._backward, layout)
+        repeats = None if random or asked.repeats is None else asked.repeats()
+        if repeats is None:
+            return lambda *args: run(*args) if watched() else once(args)
+        return lambda *args: run(*args) if watched() else (again if repeats() else once)(args)
 
 
 def at_once() -> AbstractContextManager[Any]:
@@ -122,20 +134,14 @@ def _layout(ends: _Ends, metadata: Any, static: frozenset[int]) -> Layout | None
         return None
     if any(n.name not in places for n in own):
         return None
-    numbers = [n for n in own if not ir.is_tensor(n)]
-    lasting = [n for n in own if ir.is_tensor(n) and places[n.name] in static]
-    kept = [n for n in own if n not in numbers and n not in lasting]
-    ranks = {n: at for at, n in enumerate([*numbers, *kept, *lasting])}
-    ups = iter(range(len(own), len(wanted)))
-    order = [ranks[n] if n in ranks else next(ups) for n in wanted]
     return Layout(
         results,
         tuple(at for at, info in enumerate(infos) if not info.requires_grad),
         tuple((at, frozenset(i.dynamic_dims)) for at, i in enumerate(infos) if i.dynamic_dims),
         tuple(at for at, g in enumerate(gradients) if isinstance(g, fx.Node)),
-        *(tuple(places[n.name] for n in nodes) for nodes in (numbers, kept, lasting)),
+        _values(given, places, static),
+        _values(wanted, places, static),
         tuple(tangents),
-        tuple(order),
         tuple(fits),  # type: ignore[arg-type]
         metadata.deterministic is False,
     )
@@ -145,6 +151,22 @@ def _places(given: Sequence[fx.Node], saved: Sequence[fx.Node], results: int) ->
     """By name, where a value is: among the arguments, or behind them among what the forward gives."""
     places = {n.name: len(given) + results + at for at, n in enumerate(saved)}
     return places | {n.name: at for at, n in enumerate(given)}
+
+
+def _values(nodes: Sequence[fx.Node], places: dict[str, int], static: frozenset[int]) -> Values:
+    """What a half takes; what has no place is a tangent."""
+    numbers = [n for n in nodes if n.name in places and not ir.is_tensor(n)]
+    tensors = [n for n in nodes if n.name in places and ir.is_tensor(n)]
+    parts = (
+        numbers,
+        [n for n in tensors if places[n.name] not in static],
+        [n for n in tensors if places[n.name] in static],
+    )
+    ranks = {n: at for at, n in enumerate(n for part in parts for n in part)}
+    ups = itertools.count(len(ranks))
+    order = tuple(ranks[n] if n in ranks else next(ups) for n in nodes)
+    numbers_at, passing, lasting = (tuple(places[n.name] for n in part) for part in parts)
+    return Values(numbers_at, passing, lasting, order)
 
 
 def _is_plain(info: Any) -> bool:

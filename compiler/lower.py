@@ -84,7 +84,8 @@ def _inductor(
 ) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    patches: dict[str, Any] = {"fallback_random": True} if _draws(gm) else {}
+    random = _draws(gm)
+    patches: dict[str, Any] = {"fallback_random": True} if random else {}
     if splitting is None:
         whole: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
         return whole  # type: ignore[no-any-return]
@@ -100,7 +101,7 @@ def _inductor(
 
     with at_once():
         run: Any = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches)
-    return halves.around(run)
+    return halves.around(run, splitting, random)
 
 
 def _split_fx(
@@ -110,7 +111,7 @@ def _split_fx(
     from torch._dynamo.backends.common import aot_autograd
     from torch._guards import TracingContext
 
-    halves = Halves(gm.graph)
+    halves, random = Halves(gm.graph), _draws(gm)
 
     def half(forward: bool, graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         context = TracingContext.try_get()
@@ -132,7 +133,7 @@ def _split_fx(
     )
     with at_once():
         run = backend(gm, example_inputs)
-    return halves.around(run)
+    return halves.around(run, splitting, random)
 
 
 def _boxed(graph: fx.GraphModule) -> Callable[..., Any]:

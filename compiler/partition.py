@@ -56,6 +56,8 @@ class Asked:
         look: is handed the joint graph as it was read, before anything is marked.
         cut: makes the cut of a planned choice, which ``level`` then names.
         split: is handed the two halves and how many results the forward has.
+        repeats: called once if the forward can be run again by itself; gives a function that tells,
+            for each call, whether it shall be.
     """
 
     level: str
@@ -65,6 +67,7 @@ class Asked:
     look: Callable[[Joint], None] | None = None
     cut: Callable[[Joint], cuts.Cut] | None = None
     split: Callable[[fx.GraphModule, fx.GraphModule, int], None] | None = None
+    repeats: Callable[[], Callable[[], bool]] | None = None
 
     @classmethod
     def of(cls, graph: fx.Graph, level: str, tell: Callable[[Partitioned], None]) -> Asked:

@@ -11,6 +11,7 @@ nobody has written over it is checked as autograd does, by its version.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -36,21 +37,34 @@ _DONATED = (
 )
 
 
+class Values(NamedTuple):
+    """Some values by what is to become of them until they are read.
+
+    Attributes:
+        numbers: positions of sizes.
+        passing: positions of tensors that autograd keeps.
+        lasting: positions of tensors that live as long as the module does.
+        order: for each value, which one it is of numbers + passing + lasting (and what comes behind).
+    """
+
+    numbers: tuple[int, ...]
+    passing: tuple[int, ...]
+    lasting: tuple[int, ...]
+    order: tuple[int, ...]
+
+
 class Layout(NamedTuple):
     """What the halves of a region take and give.
-
-    Positions in the *pool* count the forward's arguments and then everything that it gives.
 
     Attributes:
         results: how many of the values that the forward gives are the region's own, from the first.
         plain: those of them that have no gradient.
         dynamic: (which of them, its dimensions that Dynamo is to take for symbolic).
         differentiable: arguments that the backward has gradients of.
-        numbers: positions in the pool of sizes that the backward reads.
-        kept: positions of tensors that it reads.
-        static: arguments that it reads and that live as long as the module does.
-        tangents: results whose gradients it reads.
-        order: its arguments, as positions in numbers + kept + static + tangents.
+        given: the forward's arguments.
+        read: what the backward takes, among the forward's arguments and then everything that it
+            gives; behind them come the tangents.
+        tangents: results whose gradients it takes.
         fits: per tangent, what brings it into the strides in which the backward reads it.
         undetermined: whether it was compiled where algorithms need not be deterministic.
         donated: whether the backward writes over what was kept, and can run once only.
@@ -60,11 +74,9 @@ class Layout(NamedTuple):
     plain: tuple[int, ...]
     dynamic: tuple[tuple[int, frozenset[int]], ...]
     differentiable: tuple[int, ...]
-    numbers: tuple[int, ...]
-    kept: tuple[int, ...]
-    static: tuple[int, ...]
+    given: Values
+    read: Values
     tangents: tuple[int, ...]
-    order: tuple[int, ...]
     fits: tuple[Call, ...]
     undetermined: bool
     donated: bool = False
@@ -111,32 +123,77 @@ def _unchanged(static: Sequence[torch.Tensor], versions: Sequence[int]) -> None:
             raise RuntimeError(_MODIFIED.format(shape=shape, got=t._version, expected=expected))
 
 
-def joined(forward: Call, backward: Call, layout: Layout) -> Call:
-    """The region as a function of its list of arguments.
+class _Keeper:
+    """Takes values apart for autograd to keep, and puts them together again."""
+
+    def __init__(self, values: Values) -> None:
+        self.parts = tuple(picker(at) for at in values[:3])
+        self.order = picker(values.order)
+
+    def keep(self, ctx: Any, pool: Sequence[Any]) -> None:
+        numbers, passing, lasting = (part(pool) for part in self.parts)
+        ctx.save_for_backward(*map(_owned, passing))
+        ctx.rest = numbers, lasting, [t._version for t in lasting]
+
+    def kept(self, ctx: Any, *behind: Any) -> list[Any]:
+        saved, (numbers, lasting, versions) = ctx.saved_tensors, ctx.rest
+        _unchanged(lasting, versions)
+        return [*self.order((*numbers, *saved, *lasting, *behind))]
+
+    def put(self, pool: Sequence[Any], *behind: Any) -> list[Any]:
+        """As if they had been kept."""
+        numbers, passing, lasting = (part(pool) for part in self.parts)
+        return [*self.order((*numbers, *map(_owned, passing), *lasting, *behind))]
+
+
+def joined(forward: Call, backward: Call, layout: Layout) -> tuple[Call, Call]:
+    """The region as a function of its arguments, and the same with its forward run again.
+
+    The second keeps its arguments alone, and its backward begins with another forward: what an
+    activation checkpoint does, without its hooks on every tensor and Dynamo's second look at the
+    module. There must be nothing random in it.
 
     Args:
         forward, backward: the compiled halves; each takes a list, which it may empty.
         layout: what they take and give.
     """
-    results, undetermined = layout.results, layout.undetermined
-    kept_of, static_of, numbers_of = map(picker, (layout.kept, layout.static, layout.numbers))
-    gradients_of, order = picker(layout.differentiable), picker(layout.order)
+    given, read = _Keeper(layout.given), _Keeper(layout.read)
+
+    def again(ctx: Any, *ups: Any) -> list[Any]:
+        args = given.kept(ctx)
+        ctx.maybe_clear_saved_tensors()
+        autocast = torch._C._is_any_autocast_enabled()
+        with torch._C._DisableAutocast() if autocast else nullcontext():
+            pool = (*args, *forward([*args]))
+        return read.put(pool, *ups)
+
+    def once(ctx: Any, *ups: Any) -> list[Any]:
+        args = read.kept(ctx, *ups)
+        ctx.maybe_clear_saved_tensors()
+        return args
+
+    repeatable = layout._replace(donated=False)  # what is written over is made anew
+    return (
+        _function(forward, backward, layout, lambda ctx, pool: read.keep(ctx, pool), once),
+        _function(forward, backward, repeatable, lambda ctx, pool: given.keep(ctx, pool), again),
+    )
+
+
+def _function(forward: Call, backward: Call, layout: Layout, keep: Call, kept: Call) -> Call:
+    """One autograd function: ``kept(ctx, *tangents)`` gives the backward's arguments."""
+    gradients_of, results = picker(layout.differentiable), layout.results
     tangents = tuple(zip(layout.tangents, layout.fits, strict=True))
     bare = torch._C.DisableTorchFunctionSubclass
 
     def pull(ctx: Any, *grads: Any) -> Any:
-        saved, (static, versions, numbers) = ctx.saved_tensors, ctx.rest
-        if undetermined and torch.are_deterministic_algorithms_enabled():
+        if layout.undetermined and torch.are_deterministic_algorithms_enabled():
             raise RuntimeError(_DETERMINISTIC)
         if layout.donated and torch._C._autograd._get_current_graph_task_keep_graph():
             raise RuntimeError(_DONATED)
         with bare():
-            ups = [fit(grads[at]) for at, fit in tangents]
-            _unchanged(static, versions)
-            given = [*order((*numbers, *saved, *static, *ups))]
-            del saved, grads, ups
-            ctx.maybe_clear_saved_tensors()
-            return (None, *gradients_of(backward(given)))
+            args = kept(ctx, *[fit(grads[at]) for at, fit in tangents])
+            del grads
+            return (None, *gradients_of(backward(args)))
 
     refusing = torch.autograd.function.once_differentiable(pull)
 
@@ -144,14 +201,10 @@ def joined(forward: Call, backward: Call, layout: Layout) -> Call:
         boxed_grads_call = _BOXED  # they come in a list that may be emptied
 
         @staticmethod
-        def forward(ctx: Any, args: list[Any], *watched: Any) -> Any:
+        def forward(ctx: Any, args: Sequence[Any], *watched: Any) -> Any:
             with bare():
-                static = static_of(args)
-                versions = [t._version for t in static]
                 outs = forward([*args])
-                pool = (*args, *outs)
-                ctx.save_for_backward(*map(_owned, kept_of(pool)))
-                ctx.rest = static, versions, numbers_of(pool)
+                keep(ctx, (*args, *outs))
                 made = [
                     torch.ops.aten._unsafe_view(t, t.shape) if t._is_view() else t
                     for t in outs[:results]
