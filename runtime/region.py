@@ -123,6 +123,20 @@ def _unchanged(static: Sequence[torch.Tensor], versions: Sequence[int]) -> None:
             raise RuntimeError(_MODIFIED.format(shape=shape, got=t._version, expected=expected))
 
 
+class _Refused(torch.autograd.Function):
+    """Gradients that are asked for with a graph: it refuses, whatever they depend on."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, *grads: torch.Tensor) -> Any:
+        return tuple(g.view_as(g) for g in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "a compiled region's backward cannot be differentiated (no double backward)"
+        )
+
+
 class _Keeper:
     """Takes values apart for autograd to keep, and puts them together again."""
 
@@ -195,8 +209,6 @@ def _function(forward: Call, backward: Call, layout: Layout, keep: Call, kept: C
             del grads
             return (None, *gradients_of(backward(args)))
 
-    refusing = torch.autograd.function.once_differentiable(pull)
-
     class Region(torch.autograd.Function):
         boxed_grads_call = _BOXED  # they come in a list that may be emptied
 
@@ -220,7 +232,11 @@ def _function(forward: Call, backward: Call, layout: Layout, keep: Call, kept: C
                 (whole,) = grads
                 grads = (*whole,)
                 whole.clear()
-            return (refusing if torch.is_grad_enabled() else pull)(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return pull(ctx, *grads)
+            with torch.no_grad():
+                out = pull(ctx, *grads)
+            return (None, *_Refused.apply(torch.empty(0, requires_grad=True), *out[1:]))
 
     parent: Any = super(torch.autograd.Function, Region)
     apply = parent.apply  # what is left of apply where there are no transforms
