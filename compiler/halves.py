@@ -7,6 +7,7 @@ that those calls are for, ``runtime.region`` runs it instead.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -16,12 +17,16 @@ import torch
 from torch import fx
 from torch._functorch import config
 from torch._guards import TracingContext
+from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.graph import _BoxedCodeGen
 
 from fusewright.compiler import ir
 from fusewright.compiler.partition import Asked
+from fusewright.compiler.rerun import fits_inductor, without_results
 from fusewright.runtime.region import Layout, Values, fitting, joined, watched
 
 Call = Callable[..., Any]
+aten = torch.ops.aten
 _EMPTY = (
     "num_mutated_inp_runtime_indices", "num_intermediate_bases", "num_outputs_aliased",
     "num_backward_tokens", "num_graphsafe_rng_states", "is_rng_op_functionalized", "tokens",
@@ -51,9 +56,12 @@ class Halves:
 
     Args:
         graph: the region's canonical graph.
+        plain: whether the halves run as plain Python.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, plain: bool) -> None:
+        self._plain = plain
+        self._rerun: fx.GraphModule | None = None
         inputs = enumerate(graph.find_nodes(op="placeholder"))
         self._static = frozenset(at for at, node in inputs if node.meta.get("lasting"))
         self._autocast = torch._C._is_any_autocast_enabled()
@@ -66,6 +74,7 @@ class Halves:
     def split(self, forward: fx.GraphModule, backward: fx.GraphModule, results: int) -> None:
         """Take down how the joint graph was split."""
         self._ends = _Ends.of(forward.graph, backward.graph, results)
+        self._rerun = without_results(forward, results)
 
     def compiled(self, half: Call, forward: bool) -> None:
         """Take down a compiled half, which takes a list; called where it is compiled."""
@@ -73,10 +82,18 @@ class Halves:
             self._backward = half
             return
         self._forward = half
+        if not self._plain and not self._reruns_alike(getattr(half, "output_strides", None)):
+            self._rerun = None
         context = TracingContext.try_get()
         self._metadata = None if context is None else context.fw_metadata
         if self._ends is not None and self._metadata is not None and not self._autocast:
             self._layout = _layout(self._ends, self._metadata, self._static)
+
+    def _reruns_alike(self, strides: Sequence[Any] | None) -> bool:
+        """Whether plain Python gives what Inductor's forward would, which gives these strides."""
+        if self._rerun is None or self._ends is None:
+            return False
+        return fits_inductor(self._rerun.graph) and _as_traced(self._ends.made, strides)
 
     def around(self, run: Call, asked: Asked, random: bool) -> Call:
         """The halves by themselves where that is all there is to ``run``, AOTAutograd's function.
@@ -93,11 +110,25 @@ class Halves:
         if _asks_for_more(metadata):
             return run
         layout = layout._replace(donated=bool(metadata.bw_donated_idxs))
-        once, again = joined(self._forward, self._backward, layout)
+        rerun = None if self._rerun is None else plain_python(self._rerun)
+        once, again = joined(self._forward, self._backward, layout, rerun)
         repeats = None if random or asked.repeats is None else asked.repeats()
         if repeats is None:
             return lambda *args: run(*args) if watched() else once(args)
         return lambda *args: run(*args) if watched() else (again if repeats() else once)(args)
+
+
+def plain_python(graph: fx.GraphModule) -> Call:
+    """A graph as a function of a list, which it empties: what is read last is freed at once."""
+    # Views were chosen by the fake tensors' strides, and the real ones may be others.
+    for node in graph.graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default
+    graph.graph.set_codegen(_BoxedCodeGen())
+    graph.recompile()
+    _LazyGraphModule.force_recompile(graph)  # else each call asks whether it is compiled
+    run: Any = functools.partial(type(graph).forward, graph)
+    run._boxed_call = True
+    return run  # type: ignore[no-any-return]
 
 
 def at_once() -> AbstractContextManager[Any]:
@@ -167,6 +198,17 @@ def _values(nodes: Sequence[fx.Node], places: dict[str, int], static: frozenset[
     order = tuple(ranks[n] if n in ranks else next(ups) for n in nodes)
     numbers_at, passing, lasting = (tuple(places[n.name] for n in part) for part in parts)
     return Values(numbers_at, passing, lasting, order)
+
+
+def _as_traced(made: Sequence[Any], strides: Sequence[Any] | None) -> bool:
+    """Whether Inductor's code gives tensors in the strides that were traced."""
+    if strides is None or len(strides) != len(made):
+        return False
+    return all(
+        found is not None and [*map(str, ir.value(n).stride())] == [*map(str, found)]
+        for n, found in zip(made, strides, strict=True)
+        if ir.is_tensor(n)
+    )
 
 
 def _is_plain(info: Any) -> bool:

@@ -15,14 +15,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx._lazy_graph_module import _LazyGraphModule
-from torch.fx.graph import _BoxedCodeGen
 
 from fusewright.compiler import ir, partition
-from fusewright.compiler.halves import Halves, at_once
+from fusewright.compiler.halves import Halves, at_once, plain_python
 from fusewright.compiler.partition import Asked
-
-aten = torch.ops.aten
 
 
 def choose(requested: str, graph: fx.Graph) -> str:
@@ -91,7 +87,7 @@ def _inductor(
         return whole  # type: ignore[no-any-return]
     from fusewright.compiler.inductor_partition import Partitioner
 
-    halves = Halves(gm.graph)
+    halves = Halves(gm.graph, False)
     patches["custom_partitioner_fn"] = Partitioner(replace(splitting, split=halves.split))
 
     def inner(graph: fx.GraphModule, inputs: Any, **given: Any) -> Any:
@@ -111,17 +107,14 @@ def _split_fx(
     from torch._dynamo.backends.common import aot_autograd
     from torch._guards import TracingContext
 
-    halves, random = Halves(gm.graph), _draws(gm)
+    halves, random = Halves(gm.graph, True), _draws(gm)
 
     def half(forward: bool, graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         context = TracingContext.try_get()
         if context is not None and context.fw_metadata is not None:
             # Nothing here writes over what was saved, so a second backward stays possible.
             context.fw_metadata.bw_donated_idxs = []
-        # Views were chosen by the fake tensors' strides, and the real ones may be others.
-        for node in graph.graph.find_nodes(op="call_function", target=aten.view.default):
-            node.target = aten.reshape.default
-        boxed = _boxed(graph)
+        boxed = plain_python(graph)
         halves.compiled(boxed, forward)
         return boxed
 
@@ -134,17 +127,6 @@ def _split_fx(
     with at_once():
         run = backend(gm, example_inputs)
     return halves.around(run, splitting, random)
-
-
-def _boxed(graph: fx.GraphModule) -> Callable[..., Any]:
-    """A graph as a function of a list, which it empties: what is read last is freed at once."""
-    graph.graph.set_codegen(_BoxedCodeGen())
-    graph.recompile()
-    _LazyGraphModule.force_recompile(graph)  # else each call asks whether it is compiled
-    run: Any = functools.partial(type(graph).forward, graph)
-    run._boxed_call = True
-    boxed: Callable[..., Any] = run
-    return boxed
 
 
 def _draws(gm: fx.GraphModule) -> bool:
