@@ -114,6 +114,18 @@ def test_graphs_that_are_kept_and_graphs_of_gradients(llamas: Any) -> None:
         sum(g.sum() for g in made).backward()
 
 
+def test_halves_that_inductor_has_compiled() -> None:
+    """Their second forward is plain Python, and gives what the backward was compiled for."""
+    eager = with_lora(build("llama"))
+    ours = fusewright.optimize(copy.deepcopy(eager), lowering="inductor", verify="off")
+    for model in (eager, ours):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for seed in range(3):
+        given = batch(seed)
+        assert_same_step(train_step(ours, given), train_step(eager, given))
+    assert all(r.repeatable and r.lowering == "inductor" for r in _records(ours))
+
+
 def test_dropout_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its second run must draw the same numbers."""
     counted = _Counted(monkeypatch)
