@@ -147,7 +147,7 @@ def _checkpoint(session: Session, path: str, theirs: Any, run: Any, args: Any) -
     plain = getattr(theirs, "func", None) is checkpoint and not theirs.args
     options = theirs.keywords if plain else {}
     if options.get("use_reentrant") is False and options.keys() <= _PLAIN and session.repeats(path):
-        with session.repeated():
+        with session.rerunning():
             return run(*args)
     return theirs(run, *args)
 

@@ -22,7 +22,7 @@ from torch.fx.graph import _BoxedCodeGen
 
 from fusewright.compiler import ir
 from fusewright.compiler.partition import Asked
-from fusewright.compiler.rerun import fits_inductor, without_results
+from fusewright.compiler.rerun import fits_inductor
 from fusewright.runtime.region import Layout, Values, fitting, joined, watched
 
 Call = Callable[..., Any]
@@ -33,6 +33,11 @@ _EMPTY = (
     "grad_enabled_mutation", "num_opaque_objects_saved_for_bw", "num_tensors_saved_with_no_vc_check",
     "indices_of_inputs_that_requires_grad_with_mutations_in_bw", "act_input_indices",
 )  # fmt: skip
+
+
+def _outputs(graph: fx.Graph) -> list[Any]:
+    (made,) = graph.output_node().args
+    return [*made]  # type: ignore[misc]
 
 
 class _Ends(NamedTuple):
@@ -46,9 +51,9 @@ class _Ends(NamedTuple):
 
     @classmethod
     def of(cls, forward: fx.Graph, backward: fx.Graph, results: int) -> _Ends:
-        (made,), (gradients,) = forward.output_node().args, backward.output_node().args
+        made, gradients = _outputs(forward), _outputs(backward)
         first = [list(g.find_nodes(op="placeholder")) for g in (forward, backward)]
-        return cls(first[0], [*made], first[1], [*gradients], results)  # type: ignore[misc]
+        return cls(first[0], made, first[1], gradients, results)
 
 
 class Halves:
@@ -71,10 +76,17 @@ class Halves:
         self._backward: Call | None = None
         self._metadata: Any = None
 
-    def split(self, forward: fx.GraphModule, backward: fx.GraphModule, results: int) -> None:
-        """Take down how the joint graph was split."""
+    def split(
+        self,
+        forward: fx.GraphModule,
+        backward: fx.GraphModule,
+        results: int,
+        again: fx.GraphModule | None,
+    ) -> None:
+        """Take down how the joint graph was split; ``again`` is the forward without its results."""
         self._ends = _Ends.of(forward.graph, backward.graph, results)
-        self._rerun = without_results(forward, results)
+        if again is not None and len(_outputs(again.graph)) == len(self._ends.made) - results:
+            self._rerun = again
 
     def compiled(self, half: Call, forward: bool) -> None:
         """Take down a compiled half, which takes a list; called where it is compiled."""

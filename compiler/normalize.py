@@ -211,7 +211,7 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _is_of_module(given: fx.Node) -> bool:
     """Whether an input of Dynamo's graph is found from the region's module, and lives as long."""
-    source = getattr(given.meta.get("grapharg"), "source", None)
+    source: Any = getattr(given.meta.get("grapharg"), "source", None)
     while getattr(source, "base", None) is not None:
         source = source.base
     return bool(getattr(source, "local_name", "") == "self")

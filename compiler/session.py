@@ -257,12 +257,12 @@ class Session:
         Within a backward it is as it was before, since a checkpoint around it counts what it saves.
         """
         if torch._C._current_graph_task_id() == -1:
-            ran = self.current.get(path)
+            ran = self.current.get(path, [])
             self._repeats[path] = bool(ran) and all(r.repeatable and not r.failure for r in ran)
         return self._repeats.get(path, False)
 
     @contextmanager
-    def repeated(self) -> Any:
+    def rerunning(self) -> Any:
         """Inside, regions that can keep their arguments alone and run their forward again."""
         before, self._repeating = self._repeating, True
         try:

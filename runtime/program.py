@@ -75,4 +75,5 @@ class Program:
             body.append(f"    {text}" + (f"; del {', '.join(gone)}" if gone else ""))
         body.append(f"    return {results}")
         exec(compile("\n".join(body), "<plan>", "exec"), self._globals)  # noqa: S102
-        return self._globals["run"]
+        run: Callable[..., Any] = self._globals["run"]
+        return run

@@ -241,7 +241,8 @@ def _function(forward: Call, backward: Call, layout: Layout, keep: Call, kept: C
                 return pull(ctx, *grads)
             with torch.no_grad():
                 out = pull(ctx, *grads)
-            return (None, *_Refused.apply(torch.empty(0, requires_grad=True), *out[1:]))
+            refuse: Any = _Refused.apply
+            return (None, *refuse(torch.empty(0, requires_grad=True), *out[1:]))
 
     parent: Any = super(torch.autograd.Function, Region)
     apply = parent.apply  # what is left of apply where there are no transforms

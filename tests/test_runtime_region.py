@@ -23,13 +23,13 @@ class _Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.times = 0
-        original = Session.repeated
+        original = Session.rerunning
 
-        def repeated(session: Session) -> Any:
+        def rerunning(session: Session) -> Any:
             self.times += 1
             return original(session)
 
-        monkeypatch.setattr(Session, "repeated", repeated)
+        monkeypatch.setattr(Session, "rerunning", rerunning)
 
 
 @pytest.fixture(scope="module")
