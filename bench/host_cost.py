@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from fusewright.kernels import catalogue, launcher
 from fusewright.kernels.spec import OpSpec
-from fusewright.runtime import op
+from fusewright.runtime import op, recording
 
 STUBBED = "fusewright_stubbed"
 BF16 = torch.bfloat16
@@ -122,6 +122,7 @@ def stub() -> Any:
         lambda self: _Kernel(), lambda self, kernel: None
     )
     torch._assert_async = lambda *arguments: None  # type: ignore[assignment]
+    launcher.current_stream = recording.current_stream = lambda index: 0
     op._NAMESPACE = STUBBED
     library = torch.library.Library(STUBBED, "DEF")
     for spec in catalogue():

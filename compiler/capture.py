@@ -7,6 +7,7 @@ is then the projection and the loss alone.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def install(model: nn.Module, regions: Regions, session: Session) -> None:
             backends[key] = Backend(session, kind, cls.__name__)
             forward = build(cls, backends[key], session)
             made[key] = modules.subclass(cls, forward, Binding(session, kind, cls))
-            if session.memory is not None and kind == "block":
+            if kind == "block":
                 modules.own_checkpoint(made[key], _checkpointing(session))
         modules.install(module, made[key])
 
@@ -124,23 +125,45 @@ def _region_forward(cls: type[nn.Module], backend: Backend, session: Session) ->
         def run(*args: Any) -> Any:
             return session.call(backend.kind, self, ways[price], args, kwargs)
 
-        with session.memory.around(session.paths.get(self, "?"), self, (args, kwargs)):
-            return run(*args) if price != 0 else checkpoint(run, *args, use_reentrant=False)
+        path = session.paths.get(self, "?")
+        with session.memory.around(path, self, (args, kwargs)):
+            if price != 0:
+                return run(*args)
+            return _checkpoint(session, path, _PLAIN_CHECKPOINT, run, args)
 
     return forward
 
 
+_PLAIN = {"use_reentrant", "preserve_rng_state"}
+_PLAIN_CHECKPOINT = functools.partial(checkpoint, use_reentrant=False)
+
+
+def _checkpoint(session: Session, path: str, theirs: Any, run: Any, args: Any) -> Any:
+    """``theirs(run, *args)``, where it is torch's checkpoint by the block itself if that can.
+
+    Then nothing of the block but its arguments is kept, as theirs does, but without its hooks and
+    without asking Dynamo a second time whether the module is what it was.
+    """
+    plain = getattr(theirs, "func", None) is checkpoint and not theirs.args
+    options = theirs.keywords if plain else {}
+    if options.get("use_reentrant") is False and options.keys() <= _PLAIN and session.repeats(path):
+        with session.rerunning():
+            return run(*args)
+    return theirs(run, *args)
+
+
 def _checkpointing(session: Session) -> Callable[..., Any]:
-    """A block's checkpoint under a memory plan: the plan itself, at no more memory and less time."""
+    """A block's checkpoint: a memory plan itself, at no more memory and less time, or its own."""
 
     def around(module: nn.Module, theirs: Callable[..., Any], run: Any, *args: Any) -> Any:
         path = session.paths.get(module, "?")
         failed = any(record.failure for record in session.current.get(path, []))
         memory = session.memory
-        ours = wants_compiled(module, session) and not failed and not session.hooked_since(module)
-        if memory is None or not ours or memory.price(module, path, args) is None:
+        if not wants_compiled(module, session) or failed or session.hooked_since(module):
             return theirs(run, *args)
-        return run(*args)
+        if memory is not None and memory.price(module, path, args) is not None:
+            return run(*args)
+        return _checkpoint(session, path, theirs, run, args)
 
     return around
 

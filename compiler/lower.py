@@ -10,15 +10,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from fusewright.compiler import ir, partition
+from fusewright.compiler.halves import Halves, at_once, plain_python
 from fusewright.compiler.partition import Asked
-
-aten = torch.ops.aten
 
 
 def choose(requested: str, graph: fx.Graph) -> str:
@@ -78,42 +78,55 @@ def autocast_off(device: str | None) -> Any:
 def _inductor(
     gm: fx.GraphModule, example_inputs: list[Any], splitting: Asked | None
 ) -> Callable[..., Any]:
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    patches: dict[str, Any] = {"fallback_random": True} if _draws(gm) else {}
-    if splitting is not None:
-        from fusewright.compiler.inductor_partition import Partitioner
+    random = _draws(gm)
+    patches: dict[str, Any] = {"fallback_random": True} if random else {}
+    if splitting is None:
+        whole: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
+        return whole  # type: ignore[no-any-return]
+    from fusewright.compiler.inductor_partition import Partitioner
 
-        patches["custom_partitioner_fn"] = Partitioner(splitting)
-    run: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
-    compiled: Callable[..., Any] = run
-    return compiled
+    halves = Halves(gm.graph, False)
+    patches["custom_partitioner_fn"] = Partitioner(replace(splitting, split=halves.split))
+
+    def inner(graph: fx.GraphModule, inputs: Any, **given: Any) -> Any:
+        made = compile_fx_inner(graph, inputs, **given)
+        halves.compiled(made, not given.get("is_backward", False))
+        return made
+
+    with at_once():
+        run: Any = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches)
+    return halves.around(run, splitting, random)
 
 
 def _split_fx(
     gm: fx.GraphModule, example_inputs: list[Any], splitting: Asked
 ) -> Callable[..., Any]:
     """AOTAutograd's forward and backward, each run as the Python that fx generates."""
-    from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
     from torch._guards import TracingContext
 
-    def half(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+    halves, random = Halves(gm.graph, True), _draws(gm)
+
+    def half(forward: bool, graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         context = TracingContext.try_get()
         if context is not None and context.fw_metadata is not None:
             # Nothing here writes over what was saved, so a second backward stays possible.
             context.fw_metadata.bw_donated_idxs = []
-        # Views were chosen by the fake tensors' strides, and the real ones may be others.
-        for node in graph.graph.find_nodes(op="call_function", target=aten.view.default):
-            node.target = aten.reshape.default
-        graph.recompile()
-        boxed: Callable[..., Any] = make_boxed_func(graph.forward)
+        boxed = plain_python(graph)
+        halves.compiled(boxed, forward)
         return boxed
 
-    ours = functools.partial(partition.partition, splitting)
-    backend = aot_autograd(fw_compiler=half, bw_compiler=half, partition_fn=ours)
-    compiled: Callable[..., Any] = backend(gm, example_inputs)
-    return compiled
+    ours = functools.partial(partition.partition, replace(splitting, split=halves.split))
+    backend = aot_autograd(
+        fw_compiler=functools.partial(half, True),
+        bw_compiler=functools.partial(half, False),
+        partition_fn=ours,
+    )
+    with at_once():
+        run = backend(gm, example_inputs)
+    return halves.around(run, splitting, random)
 
 
 def _draws(gm: fx.GraphModule) -> bool:

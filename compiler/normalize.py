@@ -202,10 +202,19 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
             node.meta["tensor_dict"] = of.meta["tensor_dict"]
         node.meta["requires_grad"] = bool(getattr(example, "requires_grad", False))
         node.meta["parameter"] = isinstance(example, torch.nn.Parameter)
+        node.meta["lasting"] = _is_of_module(of)
     simplify(canonical.graph)
     drop_dead(canonical.graph)
     canonical.recompile()
     return canonical
+
+
+def _is_of_module(given: fx.Node) -> bool:
+    """Whether an input of Dynamo's graph is found from the region's module, and lives as long."""
+    source: Any = getattr(given.meta.get("grapharg"), "source", None)
+    while getattr(source, "base", None) is not None:
+        source = source.base
+    return bool(getattr(source, "local_name", "") == "self")
 
 
 def _settle_constants(canonical: fx.GraphModule) -> None:

@@ -22,6 +22,7 @@ from fusewright.compiler import cut as cuts
 from fusewright.compiler import gated_backward, gated_layers, pieces, residual_backward
 from fusewright.compiler.joint import Joint
 from fusewright.compiler.recompute import is_symbol, moved
+from fusewright.compiler.rerun import without_results
 
 LEVELS = ("keep", "default")
 
@@ -55,6 +56,10 @@ class Asked:
         parameters: places of the inputs that are parameters, and how many inputs there are.
         look: is handed the joint graph as it was read, before anything is marked.
         cut: makes the cut of a planned choice, which ``level`` then names.
+        split: is handed the two halves, how many results the forward has, and the forward without
+            them, if that is less to compute.
+        repeats: called once if the forward can be run again by itself; gives a function that tells,
+            for each call, whether it shall be.
     """
 
     level: str
@@ -63,6 +68,10 @@ class Asked:
     inputs: int = 0
     look: Callable[[Joint], None] | None = None
     cut: Callable[[Joint], cuts.Cut] | None = None
+    split: Callable[[fx.GraphModule, fx.GraphModule, int, fx.GraphModule | None], None] | None = (
+        None
+    )
+    repeats: Callable[[], Callable[[], bool]] | None = None
 
     @classmethod
     def of(cls, graph: fx.Graph, level: str, tell: Callable[[Partitioned], None]) -> Asked:
@@ -132,11 +141,14 @@ def partition(
         given["static_lifetime_input_indices"] = static_lifetime_input_indices
     halves: tuple[fx.GraphModule, fx.GraphModule]
     halves = min_cut_rematerialization_partition(joint, inputs, **given)
+    again = None if asked.split is None else without_results(halves[0], num_fwd_outputs)
     gated_backward.join(halves[1])
     gated_layers.forward(halves[0])
     gated_layers.backward(halves[1])
     pieces.spread(halves[1])
     residual_backward.fold(halves[1])
+    if asked.split is not None:
+        asked.split(*halves, num_fwd_outputs, again)
     return halves
 
 

@@ -42,6 +42,7 @@ def _spread(layers: fx.Node) -> bool:
     if not all(_in_rows(ir.value(p)) and ir.value(p).dtype is value.dtype for p in pieces):
         return False
     layers.args = (list(pieces), *layers.args[1:])
+    ir.describe(layers, layers, ir.value(layers))
     return True
 
 

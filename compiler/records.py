@@ -50,6 +50,7 @@ class GraphRecord:
         canonical, rewritten: the graphs.
         foreseen: how many kernels began to compile before it was lowered.
         partitioned: what its backward is handed (compiler/partition.py), where that is our choice.
+        repeatable: whether it can run its forward again by itself (runtime/region.py).
         shares: what the sites and the rest cost, once somebody asked (compiler/shares.py).
     """
 
@@ -70,6 +71,7 @@ class GraphRecord:
     rewritten: Any = None
     foreseen: int = 0
     partitioned: Any = None
+    repeatable: bool = False
     shares: Any = None
 
 

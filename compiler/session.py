@@ -9,6 +9,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -137,6 +138,8 @@ class Session:
         self.settings = {kind: dynamo_settings(kind) for kind in ("block", "leaf", "head")}
         self.stored = Stored(self.note)
         self.memory: Memory | None = None
+        self._repeating = False
+        self._repeats: dict[str, bool] = {}
         self._running = ""
         self._module: nn.Module | None = None
         self._known: KnownValues | None = None
@@ -233,12 +236,39 @@ class Session:
         level = self.options.environment.partition
         planned = self.memory and self.memory.asked(gm.graph, self._running, record)
         if planned:
-            return planned
+            return replace(planned, repeats=self._repeatable(record))
         if record.kind != "block" or level == "torch" or not torch.is_grad_enabled():
             return None
         if getattr(self._module, "gradient_checkpointing", False):
             level = self._level_of_the_forward() or "keep"
-        return Asked.of(gm.graph, level, lambda chosen: setattr(record, "partitioned", chosen))
+        asked = Asked.of(gm.graph, level, lambda chosen: setattr(record, "partitioned", chosen))
+        return replace(asked, repeats=self._repeatable(record))
+
+    def _repeatable(self, record: GraphRecord) -> Callable[[], Callable[[], bool]]:
+        def told() -> Callable[[], bool]:
+            record.repeatable = True
+            return lambda: self._repeating
+
+        return told
+
+    def repeats(self, path: str) -> bool:
+        """Whether the block at ``path`` can run its forward again by itself, judged by its last run.
+
+        Within a backward it is as it was before, since a checkpoint around it counts what it saves.
+        """
+        if torch._C._current_graph_task_id() == -1:
+            ran = self.current.get(path, [])
+            self._repeats[path] = bool(ran) and all(r.repeatable and not r.failure for r in ran)
+        return self._repeats.get(path, False)
+
+    @contextmanager
+    def rerunning(self) -> Any:
+        """Inside, regions that can keep their arguments alone and run their forward again."""
+        before, self._repeating = self._repeating, True
+        try:
+            yield
+        finally:
+            self._repeating = before
 
     def _level_of_the_forward(self) -> str | None:
         """Within a recompute, how the block that it repeats was split; None anywhere else.

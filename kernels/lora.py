@@ -181,6 +181,43 @@ def reference_bwd(*args: Any) -> Results:
     )
 
 
+def _thin_group(*args: Any) -> Group:
+    """The group of ``lora_thin``'s arguments: without layers."""
+    x, inputs, down, up, source, scales = args
+    group = Group(x, inputs, [], [], down, up, [0] * len(down), source, scales)
+    for i, a in enumerate(down):
+        if a.dim() != 2 or a.shape[1] != x.shape[-1]:
+            wanted = f"(r, {x.shape[-1]})"
+            raise ValueError(f"down[{i}]: expected shape {wanted}, got {tuple(a.shape)}")
+    return group
+
+
+def reference_thin(*args: Any) -> torch.Tensor:
+    """The thin products of a group alone, as its forward gives them: see the module's header."""
+    group = _thin_group(*args)
+    lows = [
+        scaled(group.input_of(i).to(a.dtype), a.t(), s).reshape(-1, a.shape[0])
+        for i, (a, s) in enumerate(zip(group.down, group.scales, strict=True))
+    ]
+    return torch.cat(lows, -1) if lows else absent(group.x)
+
+
+def device_thin(*args: Any) -> torch.Tensor:
+    """The thin products of a group alone, by as few launches as there can be."""
+    group = _thin_group(*args)
+    return lora_gemm.thin(group) if takes(group, group.x.dtype) else reference_thin(*args)
+
+
+def _fake_thin(*args: Any) -> torch.Tensor:
+    group = _thin_group(*args)
+    ranks, rows = sum(a.shape[0] for a in group.down), group.x.numel() // group.x.shape[-1]
+    return group.x.new_empty((rows, ranks), dtype=group.dtype)
+
+
+def _nothing(*_: Any) -> Sequence[Any]:
+    return ()
+
+
 def _sum(shares: Tensors) -> torch.Tensor:
     """The sum in float32 at least, in the order given."""
     wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in shares]
@@ -282,5 +319,16 @@ OPS = (
         triton=(device_fwd, device_bwd),
         fake=(_fake_fwd, _fake_bwd),
         flops=(forward_flops, backward_flops),
+    ),
+    OpSpec(
+        forward="lora_thin(Tensor x, Tensor[] inputs, Tensor[] down, Tensor[] up, int[] source, "
+        "float[] scales) -> Tensor thin",
+        backward="",
+        differentiable=(),
+        outputs=1,
+        save=_nothing,
+        reference=(reference_thin, _nothing),
+        triton=(device_thin, _nothing),
+        fake=(_fake_thin, _nothing),
     ),
 )

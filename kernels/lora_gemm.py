@@ -58,6 +58,12 @@ def forward(
     return y.view(*x.shape[:-1], height), thin
 
 
+def thin(group: Group) -> torch.Tensor:
+    """The thin products (T, sum r_i) of :func:`forward` alone."""
+    rows = group.x.reshape(-1, group.x.shape[-1])
+    return products.right(group, rows, plan(group), None, False, ())
+
+
 def _write_biases(group: Group, column: torch.Tensor) -> None:
     pieces = column.split([w.shape[0] for w in group.weights])
     for piece, bias in zip(pieces, group.biases, strict=True):

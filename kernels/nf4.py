@@ -103,14 +103,22 @@ def scales(q: Quantised) -> torch.Tensor:
     return q.nested_code[q.absmax.long()] * outer + q.offset
 
 
-def reference_into(out: torch.Tensor, q: Quantised) -> None:
-    """Write the weight into ``out`` in plain PyTorch."""
+def clear_behind(out: torch.Tensor, behind: int) -> None:
+    """Zeros in as many columns behind the rows of ``out``, which has that room."""
+    if behind:
+        at = out.storage_offset() + out.shape[1]
+        out.as_strided((out.shape[0], behind), (out.stride(0), 1), at).zero_()
+
+
+def reference_into(out: torch.Tensor, q: Quantised, behind: int = 0) -> None:
+    """Write the weight into ``out``, and zeros behind its rows, in plain PyTorch."""
     check(q, *out.shape)
     check_out(out, q)
     packed = q.packed.reshape(-1)
     nibbles = torch.stack((packed >> 4, packed & 15), -1).reshape(-1)[: out.numel()]
     scale = scales(q).repeat_interleave(q.blocksize)[: out.numel()]
     out.copy_((q.code[nibbles.long()] * scale).reshape(out.shape))
+    clear_behind(out, behind)
 
 
 def reference_fwd(
@@ -141,15 +149,19 @@ _dequantize_blocks = Launcher(dequantize_blocks, enable_fp_fusion=False)
 _dequantize_elements = Launcher(dequantize_elements, enable_fp_fusion=False)
 
 
-def triton_into(out: torch.Tensor, q: Quantised) -> None:
-    """Write the weight into ``out``, which may have any row stride, by a kernel."""
+def triton_into(out: torch.Tensor, q: Quantised, behind: int = 0) -> None:
+    """Write the weight into ``out``, which may have any row stride, by a kernel.
+
+    Args:
+        behind: so many columns behind the rows, which ``out`` has room for, become zeros.
+    """
     rows, columns = out.shape
     check(q, rows, columns)
     check_out(out, q)
     if out.numel() == 0:
         return
     out_row = out.stride(0)
-    dense = out_row == columns or rows == 1
+    dense = not behind and (out_row == columns or rows == 1)
     whole = (out.numel() if dense else columns) % q.blocksize == 0
     tensors = (
         q.packed, q.absmax, q.code, q.offset, q.nested_absmax, q.nested_code, out
@@ -160,13 +172,16 @@ def triton_into(out: torch.Tensor, q: Quantised) -> None:
             blocks, tile = out.numel() // q.blocksize, max(1, 4096 // q.blocksize)
             steps = 1 if dense else 2  # a wide output has more to compute before it can write
             _dequantize_blocks(
-                (-(-blocks // (tile * steps)), 1), tensors, (blocks, columns // q.blocksize, out_row),
-                (*shared, dense, tile, steps), warps=4,
+                (-(-blocks // (tile * steps)), 1), tensors,
+                (blocks, columns // q.blocksize, out_row, behind),
+                (*shared, dense, tile, steps, 1 << (behind - 1).bit_length() if behind else 0),
+                warps=4,
             )  # fmt: skip
         else:
             numbers = (out.numel(), columns, out_row)
             grid = (-(-out.numel() // 1024), 1)
             _dequantize_elements(grid, tensors, numbers, (*shared, 1024), warps=4)
+            clear_behind(out, behind)
 
 
 def triton_fwd(

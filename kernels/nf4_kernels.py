@@ -25,13 +25,14 @@ def _scale(
 @triton.jit
 def dequantize_blocks(
     packed_ptr, absmax_ptr, code_ptr, offset_ptr, nested_absmax_ptr, nested_code_ptr, out_ptr,
-    blocks, row_blocks, out_row,
+    blocks, row_blocks, out_row, behind,
     NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, BLOCKSIZE: tl.constexpr,
-    DENSE: tl.constexpr, BLOCKS: tl.constexpr, STEPS: tl.constexpr,
+    DENSE: tl.constexpr, BLOCKS: tl.constexpr, STEPS: tl.constexpr, BEHIND: tl.constexpr,
 ):  # fmt: skip
     """STEPS times BLOCKS whole blocks, none of which crosses a row.
 
-    A thread reads 4 bytes and writes the 8 elements in them, so that both are coalesced.
+    A thread reads 4 bytes and writes the 8 elements in them, so that both are coalesced. Behind a
+    row's last block, ``behind`` (at most BEHIND) columns become zeros.
     """
     HALF: tl.constexpr = BLOCKSIZE // 2
     start = tl.program_id(0) * (BLOCKS * STEPS)
@@ -58,6 +59,13 @@ def dequantize_blocks(
             rest = (block - row * row_blocks) * BLOCKSIZE
             to = row.to(tl.int64)[:, None] * out_row + (rest[:, None] + column)
         tl.store(out_ptr + to, weight, mask=both)
+        if BEHIND > 0:
+            row = block // row_blocks
+            last = inside & (block - row * row_blocks == row_blocks - 1)
+            room = tl.arange(0, BEHIND)[None, :]
+            to = row.to(tl.int64)[:, None] * out_row + (row_blocks * BLOCKSIZE + room)
+            nothing = tl.zeros((BLOCKS, BEHIND), out_ptr.dtype.element_ty)
+            tl.store(out_ptr + to, nothing, mask=last[:, None] & (room < behind))
 
 
 @triton.jit

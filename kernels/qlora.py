@@ -41,7 +41,7 @@ from fusewright.kernels.lora_group import (
 from fusewright.kernels.reduce import absent
 from fusewright.kernels.spec import OpSpec
 
-Into = Callable[[torch.Tensor, nf4.Quantised], None]
+Into = Callable[[torch.Tensor, nf4.Quantised, int], None]
 
 
 class Weights(NamedTuple):
@@ -105,12 +105,19 @@ def _check_lists(weights: Weights) -> None:
 
 
 @contextmanager
-def _dequantised(group: Group, weights: Weights, space: room.Room, into: Into) -> Iterator[Group]:
-    """The group with its weights in a scratch buffer."""
+def _dequantised(
+    group: Group, weights: Weights, space: room.Room, into: Into, filled: bool
+) -> Iterator[Group]:
+    """The group with its weights in a scratch buffer.
+
+    The room, behind the rows or below them, is zeros where the adapters will not have ``filled`` it.
+    """
     x = group.x
-    with room.scratch(weights.heights, x.shape[-1], space, x) as views:
+    written = filled or not space.rows
+    behind = 0 if filled else space.columns
+    with room.scratch(weights.heights, x.shape[-1], space, x, written) as views:
         for j, view in enumerate(views):
-            _write(view, weights.layer(j), into)
+            _write(view, weights.layer(j), into, behind if written else 0)
         yield group._replace(weights=views)
 
 
@@ -133,15 +140,16 @@ def _bare(dense: Group) -> torch.Tensor:
     return F.linear(dense.x, whole, torch.cat(pieces))
 
 
-def _write(out: torch.Tensor, q: nf4.Quantised, into: Into) -> None:
+def _write(out: torch.Tensor, q: nf4.Quantised, into: Into, behind: int = 0) -> None:
     """Dequantise into ``out``; in float64 the product of value and scale is exact."""
     if out.dtype is torch.float64:
         nf4.check(q, *out.shape)
         nibbles = torch.stack((q.packed >> 4, q.packed & 15), -1).reshape(-1)[: out.numel()]
         scale = nf4.scales(q).repeat_interleave(q.blocksize)[: out.numel()]
         out.copy_((q.code.double()[nibbles.long()] * scale.double()).reshape(out.shape))
+        nf4.clear_behind(out, behind)
     else:
-        into(out, q)
+        into(out, q, behind)
 
 
 def _fwd(into: Into, *args: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -151,7 +159,8 @@ def _fwd(into: Into, *args: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
     how = plan(group)
     augmented = room.serves(group.x.device, group.x.dtype) and takes(group, given.out_dtype)
     space = room.needed(how.columns if augmented else 0, 0)
-    with _dequantised(group, given.weights, space, into) as dense:
+    alone = len(given.weights.heights) == 1 and how.thin == how.columns == space.columns
+    with _dequantised(group, given.weights, space, into, alone) as dense:
         if not group.down and takes(group, given.out_dtype):
             return room.columns_of(_bare(dense), given.widths), absent(group.x)
         if not augmented:
@@ -180,8 +189,10 @@ def _bwd(into: Into, dys: Sequence[torch.Tensor], thin: torch.Tensor, *args: Any
         return lora.reference_bwd(dys, thin, *dense, False, *needs)
 
     if needs.x:
-        space = room.needed(0, plan(group).thin if augmented else 0)
-        with _dequantised(group, given.weights, space, into) as dense:
+        thin_rows = plan(group).thin if augmented else 0
+        space = room.needed(0, thin_rows)
+        whole = thin_rows == space.rows and all(source < 0 for source in group.source)
+        with _dequantised(group, given.weights, space, into, whole) as dense:
             found = run(dense)
     else:
         found = run(group)  # reads the weights' shapes alone

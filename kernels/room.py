@@ -162,7 +162,7 @@ def allocate(weights: Sequence[torch.Tensor], room: Room) -> list[torch.Tensor]:
 
 @contextmanager
 def scratch(
-    heights: Sequence[int], width: int, room: Room, like: torch.Tensor
+    heights: Sequence[int], width: int, room: Room, like: torch.Tensor, written: bool = False
 ) -> Iterator[list[torch.Tensor]]:
     """Uninitialised weights (N_j, K) in one new buffer that ``find`` knows inside of the block.
 
@@ -171,11 +171,13 @@ def scratch(
         width: K.
         room: see :func:`needed`; it is zeros.
         like: of the dtype and the device.
+        written: it is not, since all of it will be written before it is read.
     """
     height = sum(heights)
     buffer = like.new_empty((height + room.rows, width + room.columns))
-    buffer[:height, width:].zero_()
-    buffer[height:].zero_()
+    if not written:
+        buffer[:height, width:].zero_()
+        buffer[height:].zero_()
     entry = _Entry(buffer, height, width, room)
     views = [piece[:, :width] for piece in buffer[:height].split(list(heights))]
     addresses = [recorder.address(v) for v in views]

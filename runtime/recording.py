@@ -12,17 +12,16 @@ What a function looks at besides shapes, strides, dtypes and constants it says i
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fusewright.kernels.launcher import current_stream
 from fusewright.kernels.recording import Alias, Condition, Launch, Table, recorder, reinterpret
 from fusewright.runtime.direct import direct
-from fusewright.runtime.origins import Origins, Place, Unknown
+from fusewright.runtime.origins import Origins, Unknown
+from fusewright.runtime.program import Program
 from fusewright.runtime.rule import picker
 from fusewright.runtime.watch import Buffer, Operation, Watch
 
@@ -34,7 +33,7 @@ Tensors = Sequence[torch.Tensor | None]
 class Plan:
     """What to do again: ``run(tensors, pointers)`` of the tensor arguments gives the results.
 
-    Both are lists that ``run`` appends to. ``here`` tells whether the plan's device is the current
+    Both have an entry for each of them. ``here`` tells whether the plan's device is the current
     one, where there are several; ``holds(tensors)``, where there are conditions, whether all of them
     hold. ``kept`` is for whoever needs more of the signature; it begins as None.
     """
@@ -66,152 +65,113 @@ def record(host: Call, values: tuple[Any, ...], given: Tensors) -> tuple[Any, Pl
 
 
 class _Writer:
-    """Turns recorded steps into functions of (tensors, pointers) of the origins so far."""
+    """Writes recorded steps down as a program of the origins so far."""
 
     def __init__(self, device: torch.device, given: Tensors) -> None:
         self.device, self.count = device, len(given)
         self.origins = Origins(given)
-        self.none = self.origins.add(None)  # what absent tensors are launched as
-        self.new = _allocator(device)
+        self.program = Program()
+        self.new = self.program.value(_allocator(device))
+        self.streamed = False
+        self.addressed = set(range(self.count))  # origins whose addresses are variables
+        self.views: dict[Any, str] = {}
 
     def plan(self, steps: list[Any], out: Any) -> Plan:
         """The plan of these steps with the results ``out``."""
         writers: dict[type, Call] = {
-            Launch: self._launch, Operation: self._operation,
-            Table: self._table,
+            Launch: self._launch, Operation: self._operation, Buffer: self._buffer,
+            Table: self._table, Alias: lambda step: self.origins.alias(*step),
         }  # fmt: skip
         conditions = [found for s in steps if type(s) is Condition if (found := self._check(s))]
         conditions += self._twice()
-        program = []
-        for kind, group in itertools.groupby(steps, type):
-            if kind is Buffer:
-                program.append(self._buffers(list(group)))
-                continue
-            for step in group:
-                if kind is Alias:
-                    self.origins.alias(*step)
-                elif kind is not Condition:
-                    program.append(writers[kind](step))
+        for step in steps:
+            if type(step) is not Condition:
+                writers[type(step)](step)
         results = self._results(out)
-
-        def run(tensors: list[Any], pointers: list[Any]) -> Any:
-            tensors.append(None)
-            pointers.append(None)
-            for step in program:
-                step(tensors, pointers)
-            return results(tensors)
-
+        given = range(self.count)
+        run = self.program.function(given, given, results)
         return Plan(run, _presence(self.device), _all_of(conditions))
 
-    def _buffers(self, steps: list[Buffer]) -> Call:
-        """Allocations that follow each other."""
-        new, made = self.new, []
-        for (t,) in steps:
-            if t.device != self.device:
-                raise Unknown
-            self.origins.add(t)
-            made.append((tuple(t.shape), t.stride(), t.dtype))
+    def _made(self, t: torch.Tensor) -> str:
+        """The variable of a new origin."""
+        return f"t{self.origins.add(t)}"
 
-        def allocate(tensors: list[Any], pointers: list[Any]) -> None:
-            for size, stride, dtype in made:
-                buffer = new(size, stride, dtype)
-                tensors.append(buffer)
-                pointers.append(buffer.data_ptr())
+    def _buffer(self, step: Buffer) -> None:
+        (t,) = step
+        if t.device != self.device:
+            raise Unknown
+        like = self.program.value((tuple(t.shape), t.stride(), t.dtype))
+        name = self._made(t)
+        self.program.line(f"{name} = {self.new}{like}", name)
 
-        return allocate
+    def _pointer(self, t: torch.Tensor | None) -> str:
+        """Where a tensor begins, as an expression."""
+        if t is None:
+            return "None"
+        origin, offset = self.origins.place(t)
+        if origin not in self.addressed:
+            self.addressed.add(origin)
+            self.program.line(f"p{origin} = t{origin}.data_ptr()", f"p{origin}")
+        return f"p{origin} + {offset}" if offset else f"p{origin}"
 
-    def _launch(self, step: Launch) -> Call:
-        compiled = step.compiled
+    def _launch(self, step: Launch) -> None:
+        compiled, value = step.compiled, self.program.value
         if compiled is None:
             raise Unknown
-        absent = Place(self.none, 0)
-        places = [absent if t is None else self.origins.place(t) for t in step.tensors]
         fixed = (compiled.function, compiled.packed_metadata, None, None, None)
         rest = step.numbers + step.constants
-        run, before, after, packed = direct(compiled.run, fixed, len(places) + len(rest))
-        before += (*step.grid, 1)
-        index = -1 if self.device.index is None else self.device.index
-        if not any(p.offset for p in places):
-            pick = picker([p.origin for p in places])
+        given = [*map(self._pointer, step.tensors), *map(value, rest)]
+        run, before, after, packed = direct(compiled.run, fixed, len(given))
+        if not self.streamed:
+            self.streamed = True
+            index = -1 if self.device.index is None else self.device.index
+            self.program.line(f"s = {value(current_stream)}({index})")
+        if packed:
+            given = [f"({', '.join(given)},)"]
+        head = [*map(value, (*before, *step.grid, 1)), "s", *map(value, after)]
+        self.program.line(f"{value(run)}({', '.join([*head, *given])})")
 
-            def launch(tensors: list[Any], pointers: list[Any]) -> None:
-                run(*before, current_stream(index), *after, *pick(pointers), *rest)
+    def _operation(self, step: Operation) -> None:
+        function, result = step.function, step.result
+        if function is aten.zero_.default:
+            if result.numel():
+                self.program.line(f"{self._read(step.args[0])}.zero_()")
+            return
+        if function is aten._assert_async.msg:  # looked up each time, as the function does
+            assertion = f"{self.program.value(torch)}._assert_async"
+            self.program.line(f"{assertion}({self._listed(step.args)})")
+            return
+        products = (aten.mm.out, aten.mm.default)
+        name = self.program.value(torch.mm if function in products else function._op)
+        named = [f"{k}={self._written(v)}" for k, v in step.kwargs.items()]
+        call = f"{name}({', '.join([*map(self._written, step.args), *named])})"
+        if isinstance(result, torch.Tensor) and not self.origins.knows(result):
+            made = self._made(result)
+            self.program.line(f"{made} = {call}", made)
+        else:
+            self.program.line(call)
 
-            def launch_packed(tensors: list[Any], pointers: list[Any]) -> None:
-                run(*before, current_stream(index), *after, pick(pointers) + rest)
+    def _listed(self, values: Sequence[Any]) -> str:
+        return ", ".join(map(self._written, values))
 
-            return launch_packed if packed else launch
-        # Behind what there is stand the addresses inside of it.
-        inside = tuple(dict.fromkeys(p for p in places if p.offset))
-        total = len(self.origins.tensors)
-        choose = picker([total + inside.index(p) if p.offset else p.origin for p in places])
+    def _written(self, value: Any) -> str:
+        """An argument of an operation, in lists and tuples as it was."""
+        if isinstance(value, torch.Tensor):
+            return self._read(value)
+        if type(value) is list:
+            return f"[{self._listed(value)}]"
+        return self.program.value(value)
 
-        def launch_inside(tensors: list[Any], pointers: list[Any]) -> None:
-            found = [*pointers, *[pointers[o] + offset for o, offset in inside]]
-            given = choose(found) + rest
-            if packed:
-                run(*before, current_stream(index), *after, given)
-            else:
-                run(*before, current_stream(index), *after, *given)
-
-        return launch_inside
-
-    def _operation(self, step: Operation) -> Call:
-        flat, spec = pytree.tree_flatten((step.args, step.kwargs))
-        reads = [self._read(v) if isinstance(v, torch.Tensor) else None for v in flat]
-        function, fresh = step.function._op, False
-        if isinstance(step.result, torch.Tensor) and not self.origins.knows(step.result):
-            self.origins.add(step.result)
-            fresh = True
-
-        def operate(tensors: list[Any], pointers: list[Any]) -> None:
-            found = [v if r is None else r(tensors) for r, v in zip(reads, constants, strict=True)]
-            args, kwargs = pytree.tree_unflatten(found, spec)
-            out = function(*args, **kwargs)
-            if fresh:
-                tensors.append(out)
-                pointers.append(out.data_ptr())
-
-        constants = [None if isinstance(v, torch.Tensor) else v for v in flat]
-        if step.function is aten.mm.out or step.function is aten.mm.default:
-            return self._product(step, reads, fresh)
-        if step.function is aten._assert_async.msg:
-            return _assertion(reads[0], str(constants[1]))
-        return operate
-
-    def _product(self, step: Operation, reads: list[Any], fresh: bool) -> Call:
-        """A matrix product, which most of the time is the only operation there is."""
-        left, right, *out = reads
-        mm = torch.mm
-        if fresh:
-
-            def multiply(tensors: list[Any], pointers: list[Any]) -> None:
-                made = mm(left(tensors), right(tensors))
-                tensors.append(made)
-                pointers.append(made.data_ptr())
-
-            return multiply
-        (into,) = out
-
-        def multiply_into(tensors: list[Any], pointers: list[Any]) -> None:
-            mm(left(tensors), right(tensors), out=into(tensors))
-
-        return multiply_into
-
-    def _table(self, step: Table) -> Call:
-        places = [self.origins.place(t) for t in step.tensors]
-        self.origins.add(step.table)
-        make, known = step.make, _Tables()
-
-        def look(tensors: list[Any], pointers: list[Any]) -> None:
-            addresses = tuple([pointers[o] + offset for o, offset in places])
-            found = known.get(addresses)
-            if found is None:
-                found = known.put(addresses, make(addresses))
-            tensors.append(found)
-            pointers.append(found.data_ptr())
-
-        return look
+    def _table(self, step: Table) -> None:
+        value, known = self.program.value, _Tables(step.make)
+        addresses = "".join(f"{self._pointer(t)}, " for t in step.tensors)
+        origin = self.origins.add(step.table)
+        self.addressed.add(origin)
+        names = f"t{origin}", f"p{origin}"
+        key = self.program.view()
+        self.program.line(f"{key} = ({addresses})", key)
+        look = f"{value(known.get)}({key}) or {value(known.put)}({key})"
+        self.program.line(f"{', '.join(names)} = {look}", *names)
 
     def _check(self, step: Condition) -> Call | None:
         """A condition as a function of the arguments; None where it is on what is made here."""
@@ -236,60 +196,47 @@ class _Writer:
             return []
         return [lambda ts: all(ts[i].data_ptr() == ts[j].data_ptr() for i, j in pairs)]
 
-    def _read(self, t: torch.Tensor) -> Call:
-        """A function that gives a tensor's counterpart among the origins."""
+    def _read(self, t: torch.Tensor) -> str:
+        """The variable of a tensor's counterpart."""
         place = self.origins.place(t)
         origin = self.origins.tensors[place.origin]
         assert origin is not None
-        at = place.origin
         if origin.dtype != t.dtype or place.offset % t.element_size():
             raise Unknown
         if not place.offset and origin.shape == t.shape and origin.stride() == t.stride():
-            return lambda tensors: tensors[at]
-        size, stride, offset = tuple(t.shape), t.stride(), place.offset // t.element_size()
-        return lambda tensors: reinterpret(tensors[at], size, stride, offset)
+            return f"t{place.origin}"
+        seen = (tuple(t.shape), t.stride(), place.offset // t.element_size())
+        name = self.views.get((place.origin, seen))
+        if name is None:
+            name = self.views[place.origin, seen] = self.program.view()
+            given = ", ".join(map(self.program.value, seen))
+            call = f"{self.program.value(reinterpret)}(t{place.origin}, {given})"
+            self.program.line(f"{name} = {call}", name)
+        return name
 
-    def _results(self, out: Any) -> Call:
-        """A function that gives the results, in tuples and lists as they were."""
+    def _results(self, out: Any) -> str:
+        """The results, in tuples and lists as they were."""
         if isinstance(out, torch.Tensor):
-            return self._result(out)
-        if type(out) is list:
-            entries = [self._results(v) for v in out]
-            return lambda tensors: [e(tensors) for e in entries]
-        parts = [self._results(v) for v in out]
-        if all(isinstance(v, torch.Tensor) for v in out):
-            whole = [self._whole(v) for v in out]
-            if None not in whole:
-                return picker([w for w in whole if w is not None])
-        return lambda tensors: tuple([p(tensors) for p in parts])
-
-    def _result(self, t: torch.Tensor) -> Call:
-        if self.origins.place(t).origin < self.count:
-            raise Unknown  # an argument handed back
-        return self._read(t)
-
-    def _whole(self, t: torch.Tensor) -> int | None:
-        """Which origin a result is, if it is all of it."""
-        place = self.origins.place(t)
-        origin = self.origins.tensors[place.origin]
-        assert origin is not None
-        alike = origin.shape == t.shape and origin.stride() == t.stride()
-        return place.origin if alike and origin.dtype == t.dtype and not place.offset else None
+            if self.origins.place(out).origin < self.count:
+                raise Unknown  # an argument handed back
+            return self._read(out)
+        parts = "".join(f"{self._results(v)}, " for v in out)
+        return f"[{parts}]" if type(out) is list else f"({parts})"
 
 
-def _assertion(read: Call | None, message: str) -> Call:
-    assert read is not None
-    return lambda tensors, pointers: torch._assert_async(read(tensors), message)
+class _Tables(dict[tuple[int, ...], tuple[torch.Tensor, int]]):
+    """Tables, and where they begin, by the addresses that they were made of."""
 
+    def __init__(self, make: Callable[[tuple[int, ...]], torch.Tensor]) -> None:
+        super().__init__()
+        self.make = make
 
-class _Tables(dict[tuple[int, ...], torch.Tensor]):
-    """Tables by the addresses that they were made of."""
-
-    def put(self, addresses: tuple[int, ...], made: torch.Tensor) -> torch.Tensor:
+    def put(self, addresses: tuple[int, ...]) -> tuple[torch.Tensor, int]:
         if len(self) >= 1024:
             self.clear()
-        self[addresses] = made
-        return made
+        made = self.make(addresses)
+        found = self[addresses] = made, made.data_ptr()
+        return found
 
 
 def _all_of(conditions: list[Call]) -> Call | None:

@@ -111,9 +111,14 @@ def _looker(
             return None
         tensors, constants = tensors_of(values), constants_of(values)
         for plan, expected, present, agrees, gaps in recent:
-            if constants != expected or (gaps and any(tensors[i] is not None for i in gaps)):
+            if constants != expected:
                 continue
-            if agrees(*(there := present(tensors))):
+            there = tensors
+            if gaps:
+                if any(tensors[i] is not None for i in gaps):
+                    continue
+                there = present(tensors)
+            if agrees(*there):
                 pointers: list[int | None] = [*map(_pointer, there)]
                 bits = 0
                 for pointer in pointers:
@@ -136,7 +141,6 @@ def _ready(plan: Plan, tensors: Sequence[Any], pointers: list[Any]) -> tuple[Any
     """What ``look`` gives for a plan, which may not be for here and now."""
     if hooked() or not (plan.here is None or plan.here()):
         return _NO_PLAN
-    tensors = list(tensors)
     if plan.holds is not None and not plan.holds(tensors):
         return _NO_PLAN
     return plan, tensors, pointers

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fusewright.kernels import launcher
+from fusewright.runtime import recording
 
 
 class _Compiled:
@@ -47,8 +48,11 @@ def interpreted_launches() -> Iterator[None]:
         original(self, grid, tensors, numbers, constants, warps)
         return _Compiled(self, tensors, warps)
 
+    stream = launcher.current_stream
     launcher.Launcher._launch = launch  # type: ignore[method-assign]
+    launcher.current_stream = recording.current_stream = lambda index: 0  # there is no driver to ask
     try:
         yield
     finally:
         launcher.Launcher._launch = original  # type: ignore[method-assign]
+        launcher.current_stream = recording.current_stream = stream

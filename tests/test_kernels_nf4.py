@@ -7,6 +7,7 @@ import torch
 from backends import Backend
 from targets import Case, assert_compiles
 
+from fusewright.kernels import nf4
 from fusewright.runtime.op import register_all
 
 bnb = pytest.importorskip("bitsandbytes.functional")
@@ -80,6 +81,21 @@ def test_into_a_wider_buffer(backend: Backend) -> None:
     assert torch.equal(wide, bnb.dequantize_4bit(packed, state))
 
 
+@pytest.mark.parametrize("width", [64, 96])  # whole blocks in a row, or not
+@pytest.mark.parametrize("behind", [16, 48])
+def test_zeros_behind_the_rows(backend: Backend, width: int, behind: int) -> None:
+    """As many columns as asked for, and not one more."""
+    packed, state = quantised(backend, (70, width), torch.float16, quant_type="nf4")
+    buffer = torch.full((70, width + 64), torch.nan, dtype=torch.float16, device=backend.device)
+    given = nf4.Quantised(*arguments(packed, state)[:6], state.blocksize, 256)
+    into = nf4.reference_into if backend.name == "reference" else nf4.triton_into
+    into(buffer[:, :width], given, behind)
+    dense = backend.ops.nf4_dequantize(*arguments(packed, state))
+    assert torch.equal(buffer[:, :width], dense)
+    assert bool((buffer[:, width : width + behind] == 0).all())
+    assert bool(buffer[:, width + behind :].isnan().all())
+
+
 def compiled_cases() -> list[Case]:
     """Both kernels, nested, into bfloat16."""
     module = "fusewright.kernels.nf4_kernels:"
@@ -87,13 +103,14 @@ def compiled_cases() -> list[Case]:
     for name in ("code_ptr", "offset_ptr", "nested_absmax_ptr", "nested_code_ptr"):
         types[name] = "*fp32:16"
     flags = {"NESTED": True, "NESTED_BLOCKSIZE": 256, "BLOCKSIZE": 64}
-    sizes = {"blocks": "i32:16", "row_blocks": "i32:16", "out_row": "i32:16"}
-    tile = {"BLOCKS": 64}
+    sizes = {"blocks": "i32:16", "row_blocks": "i32:16", "out_row": "i32:16", "behind": "i32:16"}
+    tile, none = {"BLOCKS": 64}, {"BEHIND": 0}
     blocks = module + "dequantize_blocks"
     any_sizes = {"elements": "i32", "columns": "i32", "out_row": "i32"}
     return [
-        Case(blocks, types | sizes, flags | tile | {"DENSE": True, "STEPS": 1}, 4),
-        Case(blocks, types | sizes, flags | tile | {"DENSE": False, "STEPS": 2}, 4),
+        Case(blocks, types | sizes, flags | tile | none | {"DENSE": True, "STEPS": 1}, 4),
+        Case(blocks, types | sizes, flags | tile | none | {"DENSE": False, "STEPS": 2}, 4),
+        Case(blocks, types | sizes, flags | tile | {"DENSE": False, "STEPS": 2, "BEHIND": 64}, 4),
         Case(module + "dequantize_elements", types | any_sizes, flags | {"BLOCK": 1024}, 4),
     ]
 

@@ -109,6 +109,21 @@ def test_a_plan_repeats_a_group(form: str, adapters: Layout, thin_dtype: torch.d
             assert backward.calls == calls
 
 
+@pytest.mark.parametrize("thin_dtype", [BF16, F32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("adapters", [TWO, OWN], ids=["shared", "own inputs"])
+def test_the_thin_products_alone(adapters: Layout, thin_dtype: torch.dtype) -> None:
+    """What a group's forward gives beside y, by its kernels and by a plan."""
+    alone = _Counted(lora.device_thin, "lora_thin")
+    for seed in range(3):
+        case = Case.draw(seed, BF16, thin_dtype, adapters).with_room()
+        given = _forward_args(case)
+        expected = lora.device_fwd(*given)[1]
+        found = alone.planned.call(*given[:2], *given[4:6], *given[7:9])
+        torch.testing.assert_close(found, expected)
+        assert found.dtype is expected.dtype
+    assert alone.calls == 2
+
+
 class _Packed(torch.nn.Parameter):
     """A weight that carries more than its bytes, as bitsandbytes' do."""
 
