@@ -16,9 +16,9 @@ from fusewright.compiler.planning.budget import parse
 from fusewright.compiler.planning.execute import Memory
 from fusewright.compiler.records import Binding
 from fusewright.compiler.session import Session
-from fusewright.kernels import early
 from fusewright.runtime import module as modules
 from fusewright.runtime.op import register_all
+from fusewright.runtime.rehearsal import prepare
 
 if TYPE_CHECKING:
     from fusewright.compiler.planning.devices import Device
@@ -42,7 +42,7 @@ def optimize(
     for line in notes:
         session.note(line)
     if any(p.is_cuda for p in model.parameters()):
-        early.prepare()
+        prepare()
     found = regions.find(model)
     register_all()
     if found.head is None:
