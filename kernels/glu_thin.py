@@ -173,7 +173,7 @@ def backward(
         p: (T, r') of the layer that reads h.
         terms: of the first F columns of ``out`` and of the last, both from both sides, of one rank.
         wide: where P goes beside; its buffer is the memory of ``out`` or other memory.
-        copies: small copies that ride along, of tensors that nothing here reads.
+        copies: small copies to be made, of tensors that nothing here reads.
     """
     rows, width = dh.shape
     halves = [out[:, :width], out[:, width:]]
@@ -184,8 +184,7 @@ def backward(
     ranks, own_ranks = padded(pair.rank), padded(own.rank)
     limits = device.limits(dh.device)
     cut = backward_cut(rows, width, ranks, limits)
-    works = thin_copies.prepare(copies)
-    work = works.pop() if works else thin_copies.NONE
+    works = thin_copies.prepare(copies)  # beside the kernel: in it they take 28 registers a thread
     right = cut.slabs * rows * ranks
     left = 2 * cut.parts * width * ranks
     scratch = dh.new_empty(right + left + cut.parts * width * own_ranks, dtype=torch.float32)
@@ -195,13 +194,13 @@ def backward(
     operands = [t for side in (pair.vs, pair.us) for t in (side[gate], side[up])]
     with on_device_of(dh):
         _backward(
-            (cut.programs + work.programs, 1),
-            (dh, gate_up, out, own.us[0], *operands, *shares, work.table, work.first),
-            (cut.programs, rows, cut.part, slabs, width, gate * width, up * width, gate * slabs,
+            (cut.programs, 1),
+            (dh, gate_up, out, own.us[0], *operands, *shares),
+            (rows, cut.part, slabs, width, gate * width, up * width, gate * slabs,
              up * slabs, dh.stride(0), gate_up.stride(0), out.stride(0), own.us[0].stride(0),
              *[t.stride(0) for t in operands]),
             (activation, pair.rank, ranks, own.rank, own_ranks, width % cut.columns == 0, cut.rows,
-             cut.columns, cut.stages, _ptx(limits), *work.constants),
+             cut.columns, cut.stages, _ptx(limits)),
             cut.warps,
         )  # fmt: skip
         pair.launch_sums(cut, shares[0], shares[1])

@@ -47,15 +47,25 @@ def _thin_rows(ptr, first, line, place, row_stride, there, inside):
 
 
 @triton.jit
+def _gradients(gate, up, dh, ACTIVATION: tl.constexpr, PTX: tl.constexpr):
+    """d(gate), d(up) and h of a tile, rounded to its dtype."""
+    d = dh.to(tl.float32)
+    act, slope = value_and_slope(gate.to(tl.float32), 1.0, ACTIVATION, False)
+    u, up_slope = up_and_slope(up.to(tl.float32), ACTIVATION, False)
+    dgate = (d * u * slope).to(gate.dtype)
+    dup = (d * act * up_slope).to(gate.dtype)
+    h = (act * u).to(gate.dtype)
+    return _once(dgate, PTX), _once(dup, PTX), _once(h, PTX)
+
+
+@triton.jit
 def glu_backward_products(
     dh_ptr, gate_ptr, out_ptr, p_ptr, bg_ptr, bu_ptr, sg_ptr, su_ptr,
-    right_ptr, left_ptr, own_ptr, table_ptr, first_ptr,
-    programs, rows, part_rows, slabs, width, gate_at, up_at, gate_slab, up_slab, dh_row, gate_row, out_row, p_row,
+    right_ptr, left_ptr, own_ptr, rows, part_rows, slabs, width, gate_at, up_at, gate_slab, up_slab, dh_row, gate_row, out_row, p_row,
     bg_row, bu_row, sg_row, su_row,
     ACTIVATION: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, OWN: tl.constexpr,
     OWN_PADDED: tl.constexpr, EVEN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
-    STAGES: tl.constexpr, PTX: tl.constexpr, TASKS: tl.constexpr, SOURCE: tl.constexpr,
-    TARGET: tl.constexpr, COPIED: tl.constexpr, AT_ONCE: tl.constexpr,
+    STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """d(gate) and d(up); shares of their products with B and S, and of P^T h.
 
@@ -63,59 +73,50 @@ def glu_backward_products(
     reads h, R the rank of the two that made gate and up.
     """
     program = tl.program_id(0)
-    if program < programs:
-        part = program // slabs
-        slab = program - part * slabs
-        c = slab * BC
-        column = c + tl.arange(0, BC)
-        inside = (column < width)[None, :]
-        k = tl.arange(0, RP)[None, :]
-        within = k < R
-        own = tl.arange(0, OWN_PADDED)[None, :]
-        owned = own < OWN
-        down = (column < width)[:, None] & within
-        bg = tl.load(bg_ptr + column[:, None] * bg_row + k, mask=down, other=0.0)
-        bu = tl.load(bu_ptr + column[:, None] * bu_row + k, mask=down, other=0.0)
-        line = tl.arange(0, BT)
-        of_gate = tl.zeros([BC, RP], tl.float32)
-        of_up = tl.zeros([BC, RP], tl.float32)
-        of_h = tl.zeros([BC, OWN_PADDED], tl.float32)
-        start = part * part_rows
-        for t in tl.range(start, tl.minimum(start + part_rows, rows), BT, num_stages=STAGES):
-            there = (t + line < rows)[:, None]
-            mask = there if EVEN else there & inside
-            at = gate_ptr + (wide(t) * gate_row + line[:, None] * gate_row + column[None, :])
-            dh_at = dh_ptr + (wide(t) * dh_row + line[:, None] * dh_row + column[None, :])
-            gate = tl.load(at + gate_at, mask=mask, other=0.0, eviction_policy="evict_first")
-            up = tl.load(at + up_at, mask=mask, other=0.0, eviction_policy="evict_first")
-            dh = tl.load(dh_at, mask=mask, other=0.0, eviction_policy="evict_first")
-            p = _thin_rows(p_ptr, t, line, own, p_row, there, owned)
-            sg = _thin_rows(sg_ptr, t, line, k, sg_row, there, within)
-            su = _thin_rows(su_ptr, t, line, k, su_row, there, within)
-            d = dh.to(tl.float32)
-            act, slope = value_and_slope(gate.to(tl.float32), 1.0, ACTIVATION, False)
-            u, up_slope = up_and_slope(up.to(tl.float32), ACTIVATION, False)
-            dgate = (d * u * slope).to(out_ptr.dtype.element_ty)
-            dup = (d * act * up_slope).to(out_ptr.dtype.element_ty)
-            h = (act * u).to(gate_ptr.dtype.element_ty)
-            dgate, dup, h = _once(dgate, PTX), _once(dup, PTX), _once(h, PTX)
-            to = out_ptr + (wide(t) * out_row + line[:, None] * out_row + column[None, :])
-            tl.store(to + gate_at, dgate, mask=mask)
-            tl.store(to + up_at, dup, mask=mask)
-            of_h = _dot(tl.trans(h), p, of_h)
-            of_gate = _dot(tl.trans(dgate), sg, of_gate)
-            of_up = _dot(tl.trans(dup), su, of_up)
-            pg = _dot(dgate, bg, tl.zeros([BT, RP], tl.float32))
-            pu = _dot(dup, bu, tl.zeros([BT, RP], tl.float32))
-            share(right_ptr, wide(gate_slab + slab) * rows + t, pg, there)
-            share(right_ptr, wide(up_slab + slab) * rows + t, pu, there)
-        kept = (column < width)[:, None]
-        first = wide(part) * (2 * width) + c
-        share(left_ptr, first + gate_at, of_gate, kept)
-        share(left_ptr, first + up_at, of_up, kept)
-        share(own_ptr, wide(part) * width + c, of_h, kept)
-    elif TASKS > 0:
-        small_copy(program - programs, table_ptr, first_ptr, TASKS, SOURCE, TARGET, COPIED, AT_ONCE)
+    part = program // slabs
+    slab = program - part * slabs
+    c = slab * BC
+    column = c + tl.arange(0, BC)
+    inside = (column < width)[None, :]
+    k = tl.arange(0, RP)[None, :]
+    within = k < R
+    own = tl.arange(0, OWN_PADDED)[None, :]
+    owned = own < OWN
+    down = (column < width)[:, None] & within
+    bg = tl.load(bg_ptr + column[:, None] * bg_row + k, mask=down, other=0.0)
+    bu = tl.load(bu_ptr + column[:, None] * bu_row + k, mask=down, other=0.0)
+    line = tl.arange(0, BT)
+    of_gate = tl.zeros([BC, RP], tl.float32)
+    of_up = tl.zeros([BC, RP], tl.float32)
+    of_h = tl.zeros([BC, OWN_PADDED], tl.float32)
+    start = part * part_rows
+    for t in tl.range(start, tl.minimum(start + part_rows, rows), BT, num_stages=STAGES):
+        there = (t + line < rows)[:, None]
+        mask = there if EVEN else there & inside
+        at = gate_ptr + (wide(t) * gate_row + line[:, None] * gate_row + column[None, :])
+        dh_at = dh_ptr + (wide(t) * dh_row + line[:, None] * dh_row + column[None, :])
+        gate = tl.load(at + gate_at, mask=mask, other=0.0, eviction_policy="evict_first")
+        up = tl.load(at + up_at, mask=mask, other=0.0, eviction_policy="evict_first")
+        dh = tl.load(dh_at, mask=mask, other=0.0, eviction_policy="evict_first")
+        p = _thin_rows(p_ptr, t, line, own, p_row, there, owned)
+        sg = _thin_rows(sg_ptr, t, line, k, sg_row, there, within)
+        su = _thin_rows(su_ptr, t, line, k, su_row, there, within)
+        dgate, dup, h = _gradients(gate, up, dh, ACTIVATION, PTX)
+        to = out_ptr + (wide(t) * out_row + line[:, None] * out_row + column[None, :])
+        tl.store(to + gate_at, dgate, mask=mask)
+        tl.store(to + up_at, dup, mask=mask)
+        of_h = _dot(tl.trans(h), p, of_h)
+        of_gate = _dot(tl.trans(dgate), sg, of_gate)
+        of_up = _dot(tl.trans(dup), su, of_up)
+        pg = _dot(dgate, bg, tl.zeros([BT, RP], tl.float32))
+        pu = _dot(dup, bu, tl.zeros([BT, RP], tl.float32))
+        share(right_ptr, wide(gate_slab + slab) * rows + t, pg, there)
+        share(right_ptr, wide(up_slab + slab) * rows + t, pu, there)
+    kept = (column < width)[:, None]
+    first = wide(part) * (2 * width) + c
+    share(left_ptr, first + gate_at, of_gate, kept)
+    share(left_ptr, first + up_at, of_up, kept)
+    share(own_ptr, wide(part) * width + c, of_h, kept)
 
 
 @triton.jit
