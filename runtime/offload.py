@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from fusewright.runtime.packed import states
+
 LEAST = 2**20  # bytes: less is not worth a copy
 _SPREAD = 8  # a view is moved with its buffer if that is at most so many times larger
 
@@ -150,7 +152,7 @@ class Offload:
         place = self.places[path]
         follows = last is not None and last.place < place
         group = _Group(place, self._last if follows else _nothing)
-        stays = _addresses(module.parameters()) | _addresses(_shared(given))
+        stays = _addresses(_resting(module)) | _addresses(_shared(given))
 
         def pack(t: torch.Tensor) -> Any:
             if type(t) is not torch.Tensor:
@@ -191,6 +193,14 @@ def _nothing() -> None:
 
 def _addresses(tensors: Iterable[torch.Tensor]) -> set[int]:
     return {t.untyped_storage().data_ptr() for t in tensors}
+
+
+def _resting(module: nn.Module) -> Iterator[torch.Tensor]:
+    """What is on the device between steps: parameters, what packed ones have beside them, buffers."""
+    for p in module.parameters():
+        yield p
+        yield from states(p)
+    yield from module.buffers()
 
 
 def _shared(given: Any) -> list[torch.Tensor]:

@@ -17,6 +17,7 @@ from fusewright.compiler.joint import Joint
 from fusewright.compiler.planning import price as price_
 from fusewright.compiler.planning import work
 from fusewright.compiler.planning.devices import Device
+from fusewright.compiler.planning.work import Amounts
 from fusewright.compiler.recompute import base
 
 BATCH, SEQUENCE = sympy.symbols("batch sequence", positive=True, integer=True)
@@ -92,19 +93,18 @@ class Block:
         self._evaluate = self._compiled()
 
     def _compiled(self) -> Callable[[int, int], Sequence[float]]:
-        flat = [
-            e.subs(self.symbols) for w in self.works.values() for e in (w.memory, w.moved, w.flops)
-        ]
+        flat = [e.subs(self.symbols) for w in self.works.values() for e in w.formulas]
         function: Callable[[int, int], Sequence[float]] = sympy.lambdify(
             (BATCH, SEQUENCE), flat, "math"
         )
         return function
 
-    def numbers(self, batch: int, sequence: int) -> dict[fx.Node, tuple[float, float, float]]:
-        """Per node: bytes of memory, bytes moved, FLOPs."""
+    def numbers(self, batch: int, sequence: int) -> dict[fx.Node, Amounts]:
+        """What the formulas of each node come to."""
         flat = self._evaluate(batch, sequence)
-        triples = zip(flat[0::3], flat[1::3], flat[2::3], strict=True)
-        return dict(zip(self.works, triples, strict=True))
+        step = len(Amounts._fields)
+        found = [Amounts(*flat[i : i + step]) for i in range(0, len(flat), step)]
+        return dict(zip(self.works, found, strict=True))
 
     def formula(self, choice: Choice) -> sympy.Expr:
         """Bytes that a choice saves, over ``batch`` and ``sequence``."""
@@ -130,13 +130,12 @@ def build(joint: Joint, traced: tuple[int, int], device: Device, sizes: tuple[in
     numbers = block.numbers(*sizes)
 
     def seconds(node: fx.Node) -> float:
-        _, moved, flops = numbers[node]
-        return block.works[node].seconds(device, moved, flops)
+        return block.works[node].seconds(device, numbers[node])
 
     def at(price: float) -> Choice:
         found = cuts.minimum(joint, price_.cost(price, block.works.__getitem__, seconds))
-        heavy = [n for n in found.recomputed if numbers[n][2] and n in joint.required]
-        some = [n for n in found.recomputed if numbers[n][1] and n in joint.required]
+        heavy = [n for n in found.recomputed if numbers[n].flops and n in joint.required]
+        some = [n for n in found.recomputed if numbers[n].moved and n in joint.required]
         plural = "s" if len(heavy) > 1 else ""
         name = f"pointwise and {len(heavy)} product{plural}" if heavy else "pointwise"
         return Choice(name if some else KEEP, price, found)

@@ -41,6 +41,10 @@ class Device:
     launch: float = 4e-6
     host: float = 0.0
 
+    def copied(self, moved: float) -> float:
+        """Seconds of a pass over memory that reads and writes so many bytes; 0 for none."""
+        return max(moved / (0.9 * self.bandwidth), self.launch) if moved else 0.0
+
     def seconds(self, flops: float, moved: float) -> float:
         """Of a kernel that does ``flops`` and moves ``moved`` bytes: the slower of the two."""
         return max(flops / self.products, moved / (0.9 * self.bandwidth), self.launch)

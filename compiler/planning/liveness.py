@@ -11,9 +11,10 @@ from fusewright.compiler import cut as cuts
 from fusewright.compiler import ir
 from fusewright.compiler.planning.block import WHOLE, Block, Choice, Measure
 from fusewright.compiler.planning.devices import Device
+from fusewright.compiler.planning.work import Amounts
 from fusewright.compiler.recompute import base
 
-Numbers = dict[fx.Node, tuple[float, float, float]]
+Numbers = dict[fx.Node, Amounts]
 
 
 def measure(block: Block, choice: Choice, device: Device, batch: int, sequence: int) -> Measure:
@@ -24,10 +25,12 @@ def measure(block: Block, choice: Choice, device: Device, batch: int, sequence: 
     joint = block.joint
     kept = {base(n) for n in choice.cut.saved if ir.is_tensor(n)} - joint.free
     sizes = {n: _size(n, numbers) for n in block.nodes}
+    passing = {n: numbers[n].passing for n in block.nodes}
     saved = sum(sizes[n] for n in kept)
     again = [n for n in choice.cut.recomputed if n in joint.required]
-    seconds = sum(block.works[n].seconds(device, *numbers[n][1:]) for n in again)
-    forward = _peak([n for n in joint.forward if n in joint.required], sizes, kept | joint.free)
+    seconds = sum(block.works[n].seconds(device, numbers[n]) for n in again)
+    first = [n for n in joint.forward if n in joint.required]
+    forward = _peak(first, sizes, passing, kept | joint.free)
     if choice.name == WHOLE:
         # The forward runs once more, and cheap calls of it a third time: what it keeps is the peak.
         inner = measure(block, within(block), device, batch, sequence)
@@ -35,7 +38,8 @@ def measure(block: Block, choice: Choice, device: Device, batch: int, sequence: 
         return Measure(saved, forward, alive, seconds + inner.seconds)
     ran = list(joint.forward) if not choice.cut.recomputed else list(choice.cut.recomputed)
     backward = _order(block, set(ran))
-    return Measure(saved, forward, _peak(backward, sizes, kept | joint.free), seconds)
+    alive = _peak(backward, sizes, passing, kept | joint.free)
+    return Measure(saved, forward, alive, seconds)
 
 
 def within(block: Block) -> Choice:
@@ -57,7 +61,7 @@ def forward_seconds(block: Block, device: Device, batch: int, sequence: int) -> 
     """Of the block's forward."""
     numbers = block.numbers(batch, sequence)
     return sum(
-        block.works[n].seconds(device, *numbers[n][1:])
+        block.works[n].seconds(device, numbers[n])
         for n in block.joint.forward
         if n in block.joint.required
     )
@@ -67,16 +71,14 @@ def backward_seconds(block: Block, device: Device, batch: int, sequence: int) ->
     """Of the block's backward, without what it runs again."""
     numbers = block.numbers(batch, sequence)
     required = block.joint.required
-    return sum(
-        block.works[n].seconds(device, *numbers[n][1:]) for n in block.nodes if n not in required
-    )
+    return sum(block.works[n].seconds(device, numbers[n]) for n in block.nodes if n not in required)
 
 
 def _size(node: fx.Node, numbers: Numbers) -> float:
     """Bytes that come to life with the node; an item of a tuple has its own, a view none."""
     if base(node) is not node or not ir.is_tensor(node):
         return 0.0
-    return numbers[node][0]
+    return numbers[node].memory
 
 
 def _order(block: Block, again: set[fx.Node]) -> list[fx.Node]:
@@ -101,10 +103,15 @@ def _order(block: Block, again: set[fx.Node]) -> list[fx.Node]:
     return order
 
 
-def _peak(order: list[fx.Node], sizes: dict[fx.Node, float], outside: Iterable[fx.Node]) -> float:
+def _peak(
+    order: list[fx.Node],
+    sizes: dict[fx.Node, float],
+    passing: dict[fx.Node, float],
+    outside: Iterable[fx.Node],
+) -> float:
     """The most bytes alive at once, of values that are made in ``order`` and freed after their last use.
 
-    ``outside`` are values that are counted elsewhere.
+    ``passing`` is what each needs while it runs; ``outside`` are values that are counted elsewhere.
     """
     outside, made = set(outside), set(order)
     last: dict[fx.Node, int] = {}
@@ -117,8 +124,7 @@ def _peak(order: list[fx.Node], sizes: dict[fx.Node, float], outside: Iterable[f
             ends.setdefault(i, []).append(node)
     alive = most = 0.0
     for i, node in enumerate(order):
-        if node not in outside:
-            alive += sizes[node]
-            most = max(most, alive)
+        alive += 0.0 if node in outside else sizes[node]
+        most = max(most, alive + passing[node])
         alive -= sum(sizes[n] for n in ends.get(i, ()))
     return most

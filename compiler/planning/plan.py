@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from fusewright.compiler.match import Pattern
 from fusewright.compiler.planning import block as blocks
 from fusewright.compiler.planning import budget as budgets
 from fusewright.compiler.planning import footing, liveness, observed, timeline
+from fusewright.compiler.planning.bare import without_weights
 from fusewright.compiler.planning.devices import GIB, Device
 from fusewright.compiler.planning.timeline import DoesNotFit, Event, Layer
 
@@ -238,16 +238,6 @@ class Planner:
         if self.footing.head.logits:
             notes.append("the head was not rewritten: its logits are held whole")
         return notes
-
-
-def without_weights(model: nn.Module) -> nn.Module:
-    """A copy of the model on the meta device; its weights are not copied on the way."""
-    memo: dict[int, Any] = {}
-    for p in model.parameters():
-        memo[id(p)] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
-    for b in model.buffers():
-        memo[id(b)] = b.detach().to("meta")
-    return copy.deepcopy(model, memo).train()
 
 
 def text_inputs(model: nn.Module) -> Callable[[int, int], dict[str, torch.Tensor]]:
