@@ -6,19 +6,22 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 from torch import fx
 
 from fusewright.compiler import cut as cuts
-from fusewright.compiler import ir
+from fusewright.compiler import ir, tiles
 from fusewright.compiler.joint import Joint
 from fusewright.compiler.planning import price as price_
 from fusewright.compiler.planning import work
 from fusewright.compiler.planning.devices import Device
 from fusewright.compiler.planning.work import Amounts
 from fusewright.compiler.recompute import base
+
+if TYPE_CHECKING:
+    from fusewright.compiler.planning.tiling import Tiling
 
 BATCH, SEQUENCE = sympy.symbols("batch sequence", positive=True, integer=True)
 KEEP, WHOLE = "keep", "whole block"
@@ -60,17 +63,19 @@ class Choice:
             block from its input, infinity where nothing runs again.
         cut: what is saved and what runs again.
         away: whether what is saved is in the host's memory until the backward.
+        tiled: whether the block's tail runs in tiles of rows; the cut is then of what comes before it.
     """
 
     name: str
     price: float
     cut: cuts.Cut
     away: bool = False
+    tiled: bool = False
 
     @property
     def label(self) -> str:
-        """The name, with where the saved values wait."""
-        return f"{self.name}, offloaded" if self.away else self.name
+        """The name, with where the saved values wait and what runs in tiles."""
+        return self.name + ", tiled" * self.tiled + ", offloaded" * self.away
 
 
 @dataclass
@@ -80,12 +85,14 @@ class Block:
     Attributes:
         joint: its joint graph.
         symbols: what each symbol of the graph is: ``BATCH``, ``SEQUENCE``, or a number.
-        choices: the front, from the fastest to the smallest.
+        choices: the front, from the fastest to the smallest; behind it that of those with tiles.
+        tiling: its parts, where its tail can run in tiles.
     """
 
     joint: Joint
     symbols: dict[Any, Any]
     choices: list[Choice] = field(default_factory=list)
+    tiling: Tiling | None = None
 
     def __post_init__(self) -> None:
         self.nodes = [n for n in self.joint.graph.nodes if n.op != "output"]
@@ -106,8 +113,15 @@ class Block:
         found = [Amounts(*flat[i : i + step]) for i in range(0, len(flat), step)]
         return dict(zip(self.works, found, strict=True))
 
+    def usable(self, batch: int, sequence: int) -> list[Choice]:
+        """The choices for a batch: tiles where there are rows for more than one."""
+        return [c for c in self.choices if not c.tiled or tiles.worth(batch * sequence)]
+
     def formula(self, choice: Choice) -> sympy.Expr:
         """Bytes that a choice saves, over ``batch`` and ``sequence``."""
+        if choice.tiled:
+            assert self.tiling is not None
+            return self.tiling.formula(choice)
         bases = {base(n) for n in choice.cut.saved if ir.is_tensor(n)} - self.joint.free
         total = sum((self.works[b].memory for b in bases), sympy.Integer(0))
         return sympy.expand(total.subs(self.symbols))
@@ -127,6 +141,25 @@ def symbols_of(joint: Joint, sizes: tuple[int, int]) -> dict[Any, Any]:
 def build(joint: Joint, traced: tuple[int, int], device: Device, sizes: tuple[int, int]) -> Block:
     """The block of a joint graph, traced at one (batch, sequence), with its front at another."""
     block = Block(joint, symbols_of(joint, traced))
+    block.choices = front(block, _with_host(ways(block, device, sizes), device), device, sizes)
+    return block
+
+
+def tile(block: Block, tiling: Tiling, device: Device, sizes: tuple[int, int]) -> None:
+    """Add the ways to run the block's tail in tiles to a block."""
+    block.tiling = tiling
+    more = [dataclasses.replace(c, tiled=True) for c in tiling.first.choices]
+    block.choices += front(block, _with_host(more, device), device, sizes)
+
+
+def _with_host(found: list[Choice], device: Device) -> list[Choice]:
+    """The choices and, where values can be moved there, their twins in the host's memory."""
+    return found + [dataclasses.replace(c, away=True) for c in found if device.host]
+
+
+def ways(block: Block, device: Device, sizes: tuple[int, int]) -> list[Choice]:
+    """Cuts of a block at all prices, from keeping everything to a checkpoint around it."""
+    joint = block.joint
     numbers = block.numbers(*sizes)
 
     def seconds(node: fx.Node) -> float:
@@ -144,10 +177,7 @@ def build(joint: Joint, traced: tuple[int, int], device: Device, sizes: tuple[in
     found = [Choice(KEEP, math.inf, cuts.minimum(joint, cuts.keep)), *ends]
     _between(*ends, at, found, _DEPTH)
     found.append(whole(joint))
-    if device.host:
-        found += [dataclasses.replace(c, away=True) for c in found]
-    block.choices = front(block, found, device, sizes)
-    return block
+    return found
 
 
 def _between(

@@ -21,6 +21,9 @@ def measure(block: Block, choice: Choice, device: Device, batch: int, sequence: 
     """The cost of one way of running the block at one size."""
     if choice.away:
         return _away(block, choice, device, batch, sequence)
+    if choice.tiled:
+        assert block.tiling is not None
+        return block.tiling.measure(choice, device, batch, sequence)
     numbers = block.numbers(batch, sequence)
     joint = block.joint
     kept = {base(n) for n in choice.cut.saved if ir.is_tensor(n)} - joint.free
