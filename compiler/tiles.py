@@ -51,12 +51,14 @@ class Parts:
         tail: the rest, over some rows.
         sources: per input of the tail, (of the block's inputs or else of ``first``'s results, place).
         rows: places of the tail's inputs that are cut into tiles.
+        width: of the tail's result.
     """
 
     first: fx.GraphModule
     tail: fx.GraphModule
     sources: tuple[tuple[bool, int], ...]
     rows: tuple[int, ...]
+    width: int
 
     def given(self, inputs: Any, results: Any) -> list[Any]:
         """The tail's inputs, from the block's inputs and the first part's results."""
@@ -159,6 +161,7 @@ def _parts(
         fx.GraphModule(gm, tail),
         tuple((n in places, places[n] if n in places else made.index(n)) for n in inputs),
         tuple(i for i, n in enumerate(inputs) if n in rows),
+        int(ir.last(result)),
     )
 
 

@@ -50,7 +50,9 @@ def interpreted_launches() -> Iterator[None]:
 
     stream = launcher.current_stream
     launcher.Launcher._launch = launch  # type: ignore[method-assign]
-    launcher.current_stream = recording.current_stream = lambda index: 0  # there is no driver to ask
+    launcher.current_stream = recording.current_stream = lambda index: (
+        0
+    )  # there is no driver to ask
     try:
         yield
     finally:

@@ -209,7 +209,10 @@ def front(
     measured.sort(key=lambda pair: (pair[0].seconds, pair[0].saved, pair[0].backward))
     kept: list[tuple[Measure, Choice]] = []
     for cost, choice in measured:
-        # What is alive while other layers run, and while this one does.
-        if all(cost.saved < k.saved or cost.most < k.most for k, _ in kept):
+        # What is alive while other layers run, while this one does, and in the host's memory.
+        if all(
+            cost.saved < k.saved or cost.most < k.most or cost.saved + cost.away < k.saved + k.away
+            for k, _ in kept
+        ):
             kept.append((cost, choice))
     return [choice for _, choice in kept]

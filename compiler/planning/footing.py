@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,7 @@ class Footing:
             those outside of blocks.
         optimizer: of its state.
         row: of one token's hidden state.
+        host: of the host's memory, what saved values may take.
     """
 
     parameters: int
@@ -56,6 +58,7 @@ class Footing:
     optimizer: int
     row: int
     head: Head
+    host: float = math.inf
 
     @property
     def trained(self) -> int:

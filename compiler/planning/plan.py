@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections import Counter
@@ -135,7 +136,8 @@ class Planner:
         head = footing.head_of(seen.head, trained, traced)
         width = weight.in_features if isinstance(weight, nn.Linear) else 0
         element = weight.weight.element_size() if isinstance(weight, nn.Linear) else 2
-        self.footing = footing.of(model, order, head, width * element, optimizer)
+        found = footing.of(model, order, head, width * element, optimizer)
+        self.footing = dataclasses.replace(found, host=device.host_memory)
 
     def layers(self, batch: int, sequence: int) -> list[Layer]:
         """The layers with the costs of their choices at one size."""
@@ -217,7 +219,7 @@ class Planner:
         sizes = self.sizes
         lean = timeline.smallest(layers, self.footing, *sizes)
         least = timeline.needed(timeline.peak(layers, lean, self.footing, *sizes), self.footing)
-        fast = [0] * len(layers)
+        fast = timeline.kept(layers)
         most = timeline.needed(timeline.peak(layers, fast, self.footing, *sizes), self.footing)
         rows = []
         plain = self.seconds(layers, *sizes)
