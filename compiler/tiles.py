@@ -23,6 +23,7 @@ from fusewright.compiler.normalize import drop_dead
 
 aten = torch.ops.aten
 
+_UNIT = 8  # rows
 TOKENS = 8192  # of a tile, at most: products of so many rows are as fast as of any more
 
 # Ops of ours whose rows are independent; what they read beside rows are weights and vectors.
@@ -166,12 +167,13 @@ def _parts(
 
 
 def tokens(rows: int) -> int:
-    """Rows of a tile: equal tiles where some number of them divides the rows, not many more than needed."""
+    """Rows of a tile: as few tiles as there can be, of about equal size; equal if a few more are."""
     least = -(-rows // TOKENS)
     for count in range(least, least + least // 4 + 1):
-        if rows % count == 0 and rows // count % 8 == 0:
+        if rows % count == 0 and rows // count % _UNIT == 0:
             return rows // count
-    return min(rows, TOKENS)
+    even = -(-rows // least)
+    return min(-(-even // _UNIT) * _UNIT, rows)
 
 
 def worth(rows: int) -> bool:

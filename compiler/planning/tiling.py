@@ -44,8 +44,8 @@ class Tiling:
         """Inputs of the tail that are kept beside what the first part saves."""
         if choice.name == blocks.WHOLE:
             return []
-        kept = {base(n) for n in choice.cut.saved if ir.is_tensor(n)} - self.first.joint.free
-        return [t for t, outside in self.rows if outside is None or outside not in kept]
+        counted = {base(n) for n in choice.cut.saved if ir.is_tensor(n)} | self.first.joint.free
+        return [t for t, outside in self.rows if outside is None or outside not in counted]
 
     def formula(self, choice: Choice) -> sympy.Expr:
         """Bytes that a choice saves, over ``batch`` and ``sequence``."""
