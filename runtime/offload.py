@@ -50,15 +50,32 @@ class _Lane:
             torch.cuda.current_stream(self.device).wait_event(done)
 
 
+def pieces(size: int, least: int = LEAST) -> list[int]:
+    """Powers of two that come to ``size``, the largest first; what is under ``least`` is the last.
+
+    The allocator of pinned memory rounds every request up to a power of two: of one piece of 2.6 GiB
+    it would take 4.
+    """
+    found = []
+    while size > least:
+        found.append(1 << (size.bit_length() - 1))
+        size -= found[-1]
+    return [*found, size] if size else found
+
+
 class _Parcel:
-    """One buffer in the host's memory, and on the device while it is on its way."""
+    """One buffer, flat, in the host's memory, and on the device while it is on its way."""
 
     def __init__(self, lane: _Lane, buffer: torch.Tensor) -> None:
         self.lane = lane
         self.device = buffer.device
         pinned = buffer.device.type == "cuda"
-        self.host = torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=pinned)
-        self.done = lane.copy(self.host, buffer)
+        self.sizes = pieces(buffer.numel())
+        self.host = [
+            torch.empty(size, dtype=buffer.dtype, pin_memory=pinned) for size in self.sizes
+        ]
+        for there, here in zip(self.host, buffer.split(self.sizes), strict=True):
+            self.done = lane.copy(there, here)
         self.source: torch.Tensor | None = buffer  # its memory must not serve another while copied
         self.here: torch.Tensor | None = None
         self.arrived: Any = None
@@ -72,8 +89,10 @@ class _Parcel:
     def fetch(self) -> None:
         """Begin to bring it back, if it has gone."""
         if self.here is None and self.source is None:
-            self.here = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.device)
-            self.arrived = self.lane.copy(self.here, self.host)
+            dtype = self.host[0].dtype
+            self.here = torch.empty(sum(self.sizes), dtype=dtype, device=self.device)
+            for here, there in zip(self.here.split(self.sizes), self.host, strict=True):
+                self.arrived = self.lane.copy(here, there)
 
     def take(self) -> torch.Tensor:
         """The buffer, for whatever the current stream does next."""
