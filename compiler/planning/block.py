@@ -21,6 +21,7 @@ from fusewright.compiler.planning.work import Amounts
 from fusewright.compiler.recompute import base
 
 if TYPE_CHECKING:
+    from fusewright.compiler.planning.liveness import Schedule
     from fusewright.compiler.planning.tiling import Tiling
 
 BATCH, SEQUENCE = sympy.symbols("batch sequence", positive=True, integer=True)
@@ -87,12 +88,15 @@ class Block:
         symbols: what each symbol of the graph is: ``BATCH``, ``SEQUENCE``, or a number.
         choices: the front, from the fastest to the smallest; behind it that of those with tiles.
         tiling: its parts, where its tail can run in tiles.
+        schedules, inner: what is worked out once (see ``liveness``).
     """
 
     joint: Joint
     symbols: dict[Any, Any]
     choices: list[Choice] = field(default_factory=list)
     tiling: Tiling | None = None
+    schedules: dict[cuts.Cut, Schedule] = field(default_factory=dict)
+    inner: Choice | None = None
 
     def __post_init__(self) -> None:
         self.nodes = [n for n in self.joint.graph.nodes if n.op != "output"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from torch import fx
 
@@ -17,6 +18,37 @@ from fusewright.compiler.recompute import base
 Numbers = dict[fx.Node, Amounts]
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """What one way of running a block does, whatever the sizes.
+
+    Attributes:
+        kept: whose memory is saved and would be free without.
+        again: what runs a second time.
+        forward, backward: the calls in order, each with the values that are not needed after it.
+    """
+
+    kept: frozenset[fx.Node]
+    again: tuple[fx.Node, ...]
+    forward: tuple[tuple[fx.Node, tuple[fx.Node, ...]], ...]
+    backward: tuple[tuple[fx.Node, tuple[fx.Node, ...]], ...]
+
+
+def schedule(block: Block, choice: Choice) -> Schedule:
+    """The schedule of a choice, worked out once."""
+    known = block.schedules.get(choice.cut)
+    if known is None:
+        joint = block.joint
+        kept = frozenset({base(n) for n in choice.cut.saved if ir.is_tensor(n)} - joint.free)
+        again = tuple(n for n in choice.cut.recomputed if n in joint.required)
+        first = [n for n in joint.forward if n in joint.required]
+        ran = set(choice.cut.recomputed or joint.forward)
+        outside = kept | joint.free
+        known = Schedule(kept, again, _ends(first, outside), _ends(_order(block, ran), outside))
+        block.schedules[choice.cut] = known
+    return known
+
+
 def measure(block: Block, choice: Choice, device: Device, batch: int, sequence: int) -> Measure:
     """The cost of one way of running the block at one size."""
     if choice.away:
@@ -25,29 +57,24 @@ def measure(block: Block, choice: Choice, device: Device, batch: int, sequence: 
         assert block.tiling is not None
         return block.tiling.measure(choice, device, batch, sequence)
     numbers = block.numbers(batch, sequence)
-    joint = block.joint
-    kept = {base(n) for n in choice.cut.saved if ir.is_tensor(n)} - joint.free
-    sizes = {n: _size(n, numbers) for n in block.nodes}
-    passing = {n: numbers[n].passing for n in block.nodes}
-    saved = sum(sizes[n] for n in kept)
-    again = [n for n in choice.cut.recomputed if n in joint.required]
-    seconds = sum(block.works[n].seconds(device, numbers[n]) for n in again)
-    first = [n for n in joint.forward if n in joint.required]
-    forward = _peak(first, sizes, passing, kept | joint.free)
+    plan = schedule(block, choice)
+    outside = plan.kept | block.joint.free
+    saved = sum(_size(n, numbers) for n in plan.kept)
+    seconds = sum(block.works[n].seconds(device, numbers[n]) for n in plan.again)
+    forward = _peak(plan.forward, numbers, outside)
     if choice.name == WHOLE:
         # The forward runs once more, and cheap calls of it a third time: what it keeps is the peak.
         inner = measure(block, within(block), device, batch, sequence)
         alive = inner.saved - saved + inner.backward
         return Measure(saved, forward, alive, seconds + inner.seconds)
-    ran = list(joint.forward) if not choice.cut.recomputed else list(choice.cut.recomputed)
-    backward = _order(block, set(ran))
-    alive = _peak(backward, sizes, passing, kept | joint.free)
-    return Measure(saved, forward, alive, seconds)
+    return Measure(saved, forward, _peak(plan.backward, numbers, outside), seconds)
 
 
 def within(block: Block) -> Choice:
     """How the graph inside of a checkpoint is cut: as without a budget."""
-    return Choice("default", 0.0, cuts.minimum(block.joint))
+    if block.inner is None:
+        block.inner = Choice("default", 0.0, cuts.minimum(block.joint))
+    return block.inner
 
 
 def _away(block: Block, choice: Choice, device: Device, batch: int, sequence: int) -> Measure:
@@ -106,17 +133,11 @@ def _order(block: Block, again: set[fx.Node]) -> list[fx.Node]:
     return order
 
 
-def _peak(
-    order: list[fx.Node],
-    sizes: dict[fx.Node, float],
-    passing: dict[fx.Node, float],
-    outside: Iterable[fx.Node],
-) -> float:
-    """The most bytes alive at once, of values that are made in ``order`` and freed after their last use.
-
-    ``passing`` is what each needs while it runs; ``outside`` are values that are counted elsewhere.
-    """
-    outside, made = set(outside), set(order)
+def _ends(
+    order: list[fx.Node], outside: frozenset[fx.Node]
+) -> tuple[tuple[fx.Node, tuple[fx.Node, ...]], ...]:
+    """The order with the values that end behind each call; ``outside`` are counted elsewhere."""
+    made = set(order)
     last: dict[fx.Node, int] = {}
     for i, node in enumerate(order):
         for read in (node, *node.all_input_nodes):
@@ -125,9 +146,18 @@ def _peak(
     for node, i in last.items():
         if node in made and node not in outside:
             ends.setdefault(i, []).append(node)
+    return tuple((node, tuple(ends.get(i, ()))) for i, node in enumerate(order))
+
+
+def _peak(
+    order: Iterable[tuple[fx.Node, tuple[fx.Node, ...]]],
+    numbers: Numbers,
+    outside: frozenset[fx.Node],
+) -> float:
+    """The most bytes alive at once, what a call needs while it runs included."""
     alive = most = 0.0
-    for i, node in enumerate(order):
-        alive += 0.0 if node in outside else sizes[node]
-        most = max(most, alive + passing[node])
-        alive -= sum(sizes[n] for n in ends.get(i, ()))
+    for node, ended in order:
+        alive += 0.0 if node in outside else _size(node, numbers)
+        most = max(most, alive + numbers[node].passing)
+        alive -= sum(_size(n, numbers) for n in ended)
     return most
