@@ -127,13 +127,29 @@ def _flops(node: fx.Node) -> tuple[sympy.Expr, str]:
 
 
 def _passing(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
+    """Bytes within a run and bytes moved before its products; of attention what kernels ask for."""
     target: Any = node.target
     own = getattr(target, "namespace", "") == "fusewright"
-    formula = passing_formulas().get(target._schema.name.partition("::")[2]) if own else None
+    name = getattr(getattr(target, "_schema", None), "name", "").partition("::")[2]
+    if name.startswith(_ATTENTION) and "backward" in name:
+        return _sums_of_attention(node), sympy.Integer(0)
+    formula = passing_formulas().get(name) if own else None
     if formula is None:
         return sympy.Integer(0), sympy.Integer(0)
     found = formula(fx.map_arg(node.args, ir.value), ir.value(node))
     return expression(found.memory), expression(found.moved)
+
+
+def _sums_of_attention(node: fx.Node) -> sympy.Expr:
+    """Its backward sums dq in float32, and dk and dv of heads that share theirs apart."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    q, k, v = (ir.value(given[n]) for n in ("query", "key", "value"))
+    total = 4 * expression(q.numel())
+    if expression(q.shape[1]) != expression(k.shape[1]):
+        apart = expression(q.shape[0]) * expression(q.shape[1]) * expression(k.shape[2])
+        total += apart * (expression(k.shape[3]) + expression(v.shape[3])) * k.element_size()
+    return total
 
 
 def _attention(name: str, schema: Any, args: Any, kwargs: Any) -> tuple[sympy.Expr, str]:
