@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import models
@@ -12,10 +14,14 @@ from saved import saved_bytes
 
 import fusewright
 from fusewright.compiler import driver, tiles
-from fusewright.compiler.planning import liveness
-from fusewright.compiler.planning.devices import DEVICES
+from fusewright.compiler.planning import liveness, timeline
+from fusewright.compiler.planning.block import Measure
+from fusewright.compiler.planning.devices import DEVICES, host_memory
+from fusewright.compiler.planning.footing import Footing, Head
 from fusewright.compiler.planning.plan import Planner, text_inputs, without_weights
+from fusewright.compiler.planning.timeline import DoesNotFit, Layer
 from fusewright.patterns import DEFAULT
+from fusewright.runtime import offload
 from fusewright.runtime.tiles import Tail
 
 ROWS, LENGTH = 2, 63  # tiles of both rows of a batch, and a last tile that is shorter
@@ -132,3 +138,56 @@ def test_rows_of_a_tile(rows: int, step: int, monkeypatch: pytest.MonkeyPatch) -
     """Equal ones where they are whole tiles of a product; the last one may be shorter."""
     monkeypatch.setattr(tiles, "TOKENS", 8192)
     assert tiles.tokens(rows) == step
+
+
+def test_a_plan_takes_tiles_where_nothing_else_fits(
+    monkeypatch: pytest.MonkeyPatch, runs: list[tuple[bool, int]]
+) -> None:
+    """QLoRA at its least budget: tiles, values in the host's memory, and the same step."""
+    pytest.importorskip("bitsandbytes")
+    from quantised import Form, build
+
+    monkeypatch.setattr(offload, "LEAST", 1)
+    monkeypatch.setattr(
+        driver, "_where", lambda model, device: dataclasses.replace(device, host=1e15)
+    )
+    batch = models.batch(rows=ROWS, length=48)
+    plain = training.train_step(fusewright.optimize(build(Form()), lowering="fx"), batch)
+    ours = fusewright.optimize(build(Form()), lowering="fx", memory_budget=1, strict=True)
+    with pytest.raises(DoesNotFit) as refused:
+        ours(**batch)
+    memory = driver._required(ours).memory
+    memory.budget = refused.value.least
+    runs.clear()
+    training.assert_same_step(training.train_step(ours, batch), plain, 1e-6)
+    plan = memory.plan
+    assert plan.tiled and plan.offloaded and runs
+    assert {name for name in plan.counts if "tiled" in name} and plan.peak <= refused.value.least
+    for block in {id(b): b for _, b in memory._planner.blocks}.values():
+        block.choices = [c for c in block.choices if not c.tiled]
+    with pytest.raises(DoesNotFit):
+        memory._planner.plan(refused.value.least)
+
+
+def test_the_host_s_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is offloaded fits there, or is run again; an earlier layer changes first."""
+    fast, slow = Measure(0, 0, 0, 0.0, away=100), Measure(0, 0, 0, 1.0, away=10)
+    layers = [Layer(f"layers.{i}", (fast, slow), 1.0) for i in range(4)]
+    spared = timeline._spared(layers, [0] * 4, 250, lambda cost: True)
+    assert spared == [1, 1, 0, 0] and timeline.away(layers, spared) <= 250
+    assert timeline._spared(layers, [0] * 4, 30, lambda cost: True) is None
+    nothing = Head(lambda b, s: 0.0, lambda b, s: 0.0, False)
+    footing = Footing(50, {}, 0, 0, nothing, host=250)
+    chosen = timeline.choose(layers, footing, 1, 1, 100_000)
+    assert timeline.recompute(layers, chosen) == 2
+    with pytest.raises(DoesNotFit):
+        timeline.choose(layers, dataclasses.replace(footing, host=30), 1, 1, 100_000)
+
+
+def test_the_host_s_memory_is_read(tmp_path: Path) -> None:
+    """A container's limit counts where it is one."""
+    limit, none = tmp_path / "limit", tmp_path / "none"
+    limit.write_text("1000\n")
+    none.write_text("max\n")
+    assert host_memory([str(limit), str(none), str(tmp_path / "missing")]) == 1000
+    assert host_memory([str(none)]) > 10**8

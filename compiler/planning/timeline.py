@@ -239,7 +239,7 @@ def _divisions(
 
 def kept(layers: Sequence[Layer]) -> list[int]:
     """The fastest choices that need nothing of the host's memory."""
-    return [next(i for i, c in enumerate(layer.front) if not c.away) for layer in layers]
+    return [next((i for i, c in enumerate(layer.front) if not c.away), 0) for layer in layers]
 
 
 def recompute(layers: Sequence[Layer], chosen: Sequence[int]) -> float:
