@@ -273,7 +273,9 @@ class Session:
 
     def tiled(self, gm: fx.GraphModule, record: GraphRecord) -> Parts | None:
         """The region's parts, if the memory plan has its tail run in tiles."""
-        return self.memory and self.memory.tiled(gm, self._running, record)
+        if self.memory is None:
+            return None
+        return self.memory.tiled(gm, self._running, record)
 
     def _level_of_the_forward(self) -> str | None:
         """Within a recompute, how the block that it repeats was split; None anywhere else.

@@ -72,7 +72,7 @@ def split(gm: fx.GraphModule) -> Parts | None:
     if not isinstance(returned, (tuple, list)) or len(returned) != 1:
         return None
     (result,) = returned
-    if not _is_rows(result, result):
+    if not isinstance(result, fx.Node) or not _is_rows(result, result):
         return None
     nodes = _tail(gm.graph, result)
     inputs = [n for n in gm.graph.nodes if n not in nodes and not nodes.isdisjoint(n.users)]

@@ -78,7 +78,7 @@ class _Tiled(torch.autograd.Function):
         ctx.places = [i for i, t in enumerate(inputs) if isinstance(t, torch.Tensor)]
         ctx.others = [None if isinstance(t, torch.Tensor) else t for t in inputs]
         ctx.save_for_backward(*[inputs[i] for i in ctx.places])
-        x = inputs[tail.rows[0]]
+        x: torch.Tensor = inputs[tail.rows[0]]
         shape = (*x.shape[:2], tail.width)
         if getattr(_now, "repeats", False):
             return x.new_empty(()).expand(shape)
@@ -91,7 +91,7 @@ class _Tiled(torch.autograd.Function):
         return x.new_empty(shape) if y is None else y.view(shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         tail, inputs = ctx.tail, list(ctx.others)
         for at, t in zip(ctx.places, ctx.saved_tensors, strict=True):

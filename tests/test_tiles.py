@@ -176,6 +176,8 @@ def test_the_host_s_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     spared = timeline._spared(layers, [0] * 4, 250, lambda cost: True)
     assert spared == [1, 1, 0, 0] and timeline.away(layers, spared) <= 250
     assert timeline._spared(layers, [0] * 4, 30, lambda cost: True) is None
+    kept = Measure(10**6, 0, 0, 0.0)
+    layers = [dataclasses.replace(layer, front=(kept, *layer.front)) for layer in layers]
     nothing = Head(lambda b, s: 0.0, lambda b, s: 0.0, False)
     footing = Footing(50, {}, 0, 0, nothing, host=250)
     chosen = timeline.choose(layers, footing, 1, 1, 100_000)
