@@ -66,7 +66,7 @@ class Row:
             rows, tokens = map(int, size.split("x"))
             work = replace(work, batch=(rows, min(tokens, 96) if self.spec["tiny"] else tokens))
         if self.spec["tiny"] and work.mode == "qlora":
-            work = replace(work, mode="lora")  # there is no kernel for four bits on a CPU
+            work = replace(work, mode="lora")  # quick: four bits are packed in a loop on a CPU
         unplanned = self.spec["budget"] == "none"
         work = replace(work, checkpoint=unplanned and self.spec["checkpoint"])
         return Trainee(work, "eager", self.device, Path("."), rank=self.spec["rank"])
@@ -186,16 +186,18 @@ class Row:
         return found
 
     def check(self, trainee: Any) -> None:
-        """The loss of a long row's first tokens is that of those tokens alone: no later one is seen."""
+        """The loss of a long row's first tokens is that of those tokens alone: no later one is seen.
+
+        With gradients on, since the plan is a training step's: without, all logits would be there.
+        """
         torch = self.torch
         near = min(NEAR, trainee.ids.shape[1] // 2)
         labels = torch.full_like(trainee.ids, -100)
         labels[:, :near] = trainee.ids[:, :near]
-        with torch.no_grad():
-            whole = trainee.model(input_ids=trainee.ids, labels=labels).loss
-            part = trainee.ids[:, :near]
-            alone = trainee.model(input_ids=part, labels=part).loss
-        self.out["check"] = {"tokens": near, "in_the_row": float(whole), "alone": float(alone)}
+        whole = float(trainee.model(input_ids=trainee.ids, labels=labels).loss)
+        part = trainee.ids[:, :near]
+        alone = float(trainee.model(input_ids=part, labels=part).loss)
+        self.out["check"] = {"tokens": near, "in_the_row": whole, "alone": alone}
 
     def wait(self) -> None:
         if self.cuda:

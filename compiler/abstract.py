@@ -26,6 +26,7 @@ from fusewright.compiler.match import Pattern
 from fusewright.compiler.partition import Asked
 from fusewright.compiler.records import GraphRecord
 from fusewright.compiler.session import Session
+from fusewright.compiler.storage import Wish
 from fusewright.runtime.op import register_all
 
 log = logging.getLogger("fusewright")
@@ -73,6 +74,9 @@ class AbstractSession(Session):
     def splitting(self, gm: fx.GraphModule, record: GraphRecord) -> Asked | None:
         """Not split: nothing is trained here."""
         return None
+
+    def require(self, wishes: list[Wish]) -> None:
+        """Nothing: there is no memory that could be laid out."""
 
     def around_spine(self) -> AbstractContextManager[Any]:
         """Real and meta tensors side by side."""

@@ -11,6 +11,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from fusewright.compiler import pipeline
+from fusewright.compiler.planning.execute import Way
 from fusewright.compiler.records import Binding
 from fusewright.compiler.regions import Regions
 from fusewright.compiler.session import Session, mark_rows, wants_compiled
 from fusewright.runtime import module as modules
+from fusewright.runtime.tiles import repeating
 
 
 class Backend:
@@ -109,7 +112,7 @@ def compiled_forward(forward: Callable[..., Any], backend: Backend) -> Callable[
 def _region_forward(cls: type[nn.Module], backend: Backend, session: Session) -> Any:
     """The forward of a block or leaf; blocks that a memory plan treats apart are compiled apart."""
     inner = modules.inner_forward(cls)
-    ways: dict[float | None, Callable[..., Any]] = {None: compiled_forward(inner, backend)}
+    ways: dict[Way | None, Callable[..., Any]] = {None: compiled_forward(inner, backend)}
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if backend.kind == "block":
@@ -118,17 +121,19 @@ def _region_forward(cls: type[nn.Module], backend: Backend, session: Session) ->
             return inner(self, *args, **kwargs)
         if session.memory is None or backend.kind != "block":
             return session.call(backend.kind, self, ways[None], args, kwargs)
-        price = session.memory.price(self, session.paths.get(self, "?"), (args, kwargs))
-        if price not in ways:
-            ways[price] = compiled_forward(inner, backend)
+        way = session.memory.way(self, session.paths.get(self, "?"), (args, kwargs))
+        if way not in ways:
+            ways[way] = compiled_forward(inner, backend)
 
         def run(*args: Any) -> Any:
-            return session.call(backend.kind, self, ways[price], args, kwargs)
+            return session.call(backend.kind, self, ways[way], args, kwargs)
 
         path = session.paths.get(self, "?")
         with session.memory.around(path, self, (args, kwargs)):
-            if price != 0:
+            if way is None or way.price != 0:
                 return run(*args)
+            if way.tiled:
+                return checkpoint(run, *args, use_reentrant=False, context_fn=_around_repeat)
             return _checkpoint(session, path, _PLAIN_CHECKPOINT, run, args)
 
     return forward
@@ -152,6 +157,11 @@ def _checkpoint(session: Session, path: str, theirs: Any, run: Any, args: Any) -
     return theirs(run, *args)
 
 
+def _around_repeat() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The contexts of a checkpoint's forward and of its second run."""
+    return nullcontext(), repeating()
+
+
 def _checkpointing(session: Session) -> Callable[..., Any]:
     """A block's checkpoint: a memory plan itself, at no more memory and less time, or its own."""
 
@@ -161,7 +171,7 @@ def _checkpointing(session: Session) -> Callable[..., Any]:
         memory = session.memory
         if not wants_compiled(module, session) or failed or session.hooked_since(module):
             return theirs(run, *args)
-        if memory is not None and memory.price(module, path, args) is not None:
+        if memory is not None and memory.way(module, path, args) is not None:
             return run(*args)
         return _checkpoint(session, path, theirs, run, args)
 

@@ -19,6 +19,8 @@ from torch import fx
 from fusewright.compiler import ir, partition
 from fusewright.compiler.halves import Halves, at_once, plain_python
 from fusewright.compiler.partition import Asked
+from fusewright.compiler.tiles import Parts, tokens
+from fusewright.runtime.tiles import Tail
 
 
 def choose(requested: str, graph: fx.Graph) -> str:
@@ -68,6 +70,27 @@ def lower(
             return run(*args)
 
     return without_autocast
+
+
+def in_tiles(
+    parts: Parts,
+    example_inputs: list[Any],
+    how: str,
+    autocast_device: str | None,
+    splitting: Asked | None,
+) -> Callable[..., Any]:
+    """The callable of a block whose tail runs in tiles; the arguments are those of ``lower``.
+
+    The tail runs as plain FX: its calls are kernels of ours nearly all, and a tile's graph is short-lived.
+    """
+    first = lower(parts.first, example_inputs, how, autocast_device, splitting)
+    rows = lower(parts.tail, [], "fx", autocast_device)
+    tail = Tail(lambda *given: rows(*given)[0], parts.rows, tokens, parts.width)
+
+    def run(*args: Any) -> Any:
+        return (tail(*parts.given(args, first(*args))),)
+
+    return run
 
 
 def autocast_off(device: str | None) -> Any:

@@ -198,7 +198,10 @@ def _lower(
     if record.lowering == "fx" and splitting is None:
         return lower.lower(gm, example_inputs, "fx", device)
     kept = copy.deepcopy(gm)
+    parts = session.tiled(gm, record)
     try:
+        if parts is not None:
+            return lower.in_tiles(parts, example_inputs, record.lowering, device, splitting)
         return lower.lower(gm, example_inputs, record.lowering, device, splitting)
     except Exception as error:
         # A lowering's failures are of every kind, and plain FX runs whatever was captured.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusewright.compiler import ir
+from fusewright.compiler import ir, proofs
 
 aten = torch.ops.aten
 
@@ -84,6 +84,17 @@ class Disproved(Exception):
 
 def prove(candidate: Candidate) -> Proof:
     """Accept the candidate, or raise Disproved with the reason."""
+    key = proofs.key(candidate)
+    known = None if key is None else proofs.recall(key)
+    if known is not None:
+        return known
+    found = _prove(candidate)
+    if key is not None:
+        proofs.remember(key, found)
+    return found
+
+
+def _prove(candidate: Candidate) -> Proof:
     failures = (RuntimeError, TypeError, ValueError, IndexError, KeyError)
     hints = _hints(candidate)
     with torch.enable_grad():  # the region may be compiled where gradients are off

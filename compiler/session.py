@@ -22,6 +22,7 @@ from fusewright.compiler.planning.execute import Memory
 from fusewright.compiler.records import GraphRecord
 from fusewright.compiler.storage import NeedsStorage, Wish
 from fusewright.compiler.stored import Stored
+from fusewright.compiler.tiles import Parts
 from fusewright.runtime.known import KnownValues
 from fusewright.runtime.module import uninstall
 
@@ -269,6 +270,12 @@ class Session:
             yield
         finally:
             self._repeating = before
+
+    def tiled(self, gm: fx.GraphModule, record: GraphRecord) -> Parts | None:
+        """The region's parts, if the memory plan has its tail run in tiles."""
+        if self.memory is None:
+            return None
+        return self.memory.tiled(gm, self._running, record)
 
     def _level_of_the_forward(self) -> str | None:
         """Within a recompute, how the block that it repeats was split; None anywhere else.

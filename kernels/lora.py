@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fusewright.kernels import lora_gemm
+from fusewright.kernels import lora_gemm, lora_scratch
 from fusewright.kernels.lora_group import (
     Group,
     Needs,
@@ -294,6 +294,17 @@ def _fake_bwd(*args: Any) -> Results:
     )
 
 
+def _forward_passing(args: Sequence[Any], out: Any) -> Any:
+    given = Forward.of(*args)
+    return lora_scratch.forward(given.group, given.roomy, packed=False)
+
+
+def _backward_passing(args: Sequence[Any], out: Any) -> Any:
+    given = Backward.of(*args)
+    need = given.needs.x and not given.needs.weights
+    return lora_scratch.backward(given.dys, given.group, given.grad_roomy, False, need)
+
+
 _GROUP = (
     "Tensor x, Tensor[] inputs, Tensor[] weights, Tensor?[] biases, Tensor[] down, Tensor[] up, "
     "int[] member, int[] source, float[] scales"
@@ -319,6 +330,7 @@ OPS = (
         triton=(device_fwd, device_bwd),
         fake=(_fake_fwd, _fake_bwd),
         flops=(forward_flops, backward_flops),
+        passing=(_forward_passing, _backward_passing),
     ),
     OpSpec(
         forward="lora_thin(Tensor x, Tensor[] inputs, Tensor[] down, Tensor[] up, int[] source, "

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fusewright.kernels import lora, lora_gemm, nf4, room
+from fusewright.kernels import lora, lora_gemm, lora_scratch, nf4, room
 from fusewright.kernels.codes import code
 from fusewright.kernels.launch import HAS_TRITON
 from fusewright.kernels.lora_group import (
@@ -231,6 +231,17 @@ def _fake_bwd(dys: Sequence[torch.Tensor], thin: torch.Tensor, *args: Any) -> An
     return found.x, found.inputs, found.biases, found.down, found.up
 
 
+def _forward_passing(args: Sequence[Any], out: Any) -> Any:
+    given = Given.of(*args)
+    return lora_scratch.forward(given.group, given.roomy, packed=True)
+
+
+def _backward_passing(args: Sequence[Any], out: Any) -> Any:
+    dys, _, *rest = args
+    given = Given.of(*rest[:9], (), dys[0].dtype, False, *rest[9:18])
+    return lora_scratch.backward(dys, given.group, given.grad_roomy, True, rest[18])
+
+
 def _weight(into: Into, *args: Any) -> torch.Tensor:
     packed, absmax, offset, nested_absmax, nested_code, rows, columns, *rest, dtype = args
     kind, blocksize, nested_blocksize = rest
@@ -295,6 +306,7 @@ OPS = (
         triton=(triton_fwd, triton_bwd) if HAS_TRITON else None,
         fake=(_fake_fwd, _fake_bwd),
         flops=(forward_flops, backward_flops),
+        passing=(_forward_passing, _backward_passing),
     ),
     OpSpec(
         forward="weight_4bit(Tensor packed, Tensor absmax, Tensor? offset, Tensor? nested_absmax, "

@@ -115,9 +115,10 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the augmented product pays there: the reference has no use for it.
 
     Nor has float32: its products are long beside the pass that adds an adapter to a result, and a
-    library that cuts the sum of K terms in parts may take K and the adapters' columns in one.
+    library that cuts the sum of K terms in parts may take K and the adapters' columns in one. Shapes
+    alone (the meta device) are taken for a GPU's.
     """
-    return device.type == "cuda" and dtype is not torch.float32
+    return device.type in ("cuda", "meta") and dtype is not torch.float32
 
 
 def needed(columns: int, rows: int) -> Room:

@@ -9,12 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 Implementation = Callable[..., Any]
 Work = Callable[[Sequence[Any], Any], Any]
+
+
+class Passing(NamedTuple):
+    """What a run takes beside its results: bytes within it alone, and bytes moved before its products."""
+
+    memory: Any
+    moved: Any
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,8 @@ class OpSpec:
             may run it again where that keeps less memory alive.
         flops: (forward, backward), each mapping the op's arguments and its results to the FLOPs of its
             matrix products; symbolic sizes give symbolic numbers. None where there are no products.
+        passing: (forward, backward), each mapping the op's arguments and its results to what a run takes
+            beside them; symbolic as ``flops``. None where that is nothing to speak of.
         workspace: where the forward computes gradients itself: (the op's arguments, names of the inputs
             that are trained) -> bytes of scratch memory and results at once.
     """
@@ -59,6 +68,7 @@ class OpSpec:
     gradients: tuple[int, ...] = ()
     cheap: bool = False
     flops: tuple[Work, Work] | None = None
+    passing: tuple[Work, Work] | None = None
     workspace: Callable[[Sequence[Any], frozenset[str]], int] | None = None
 
     @property

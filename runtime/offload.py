@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from fusewright.runtime.packed import states
+
 LEAST = 2**20  # bytes: less is not worth a copy
 _SPREAD = 8  # a view is moved with its buffer if that is at most so many times larger
 
@@ -48,15 +50,32 @@ class _Lane:
             torch.cuda.current_stream(self.device).wait_event(done)
 
 
+def pieces(size: int, least: int = LEAST) -> list[int]:
+    """Powers of two that come to ``size``, the largest first; what is under ``least`` is the last.
+
+    The allocator of pinned memory rounds every request up to a power of two: of one piece of 2.6 GiB
+    it would take 4.
+    """
+    found = []
+    while size > least:
+        found.append(1 << (size.bit_length() - 1))
+        size -= found[-1]
+    return [*found, size] if size else found
+
+
 class _Parcel:
-    """One buffer in the host's memory, and on the device while it is on its way."""
+    """One buffer, flat, in the host's memory, and on the device while it is on its way."""
 
     def __init__(self, lane: _Lane, buffer: torch.Tensor) -> None:
         self.lane = lane
         self.device = buffer.device
         pinned = buffer.device.type == "cuda"
-        self.host = torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=pinned)
-        self.done = lane.copy(self.host, buffer)
+        self.sizes = pieces(buffer.numel())
+        self.host = [
+            torch.empty(size, dtype=buffer.dtype, pin_memory=pinned) for size in self.sizes
+        ]
+        for there, here in zip(self.host, buffer.split(self.sizes), strict=True):
+            self.done = lane.copy(there, here)
         self.source: torch.Tensor | None = buffer  # its memory must not serve another while copied
         self.here: torch.Tensor | None = None
         self.arrived: Any = None
@@ -70,8 +89,10 @@ class _Parcel:
     def fetch(self) -> None:
         """Begin to bring it back, if it has gone."""
         if self.here is None and self.source is None:
-            self.here = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.device)
-            self.arrived = self.lane.copy(self.here, self.host)
+            dtype = self.host[0].dtype
+            self.here = torch.empty(sum(self.sizes), dtype=dtype, device=self.device)
+            for here, there in zip(self.here.split(self.sizes), self.host, strict=True):
+                self.arrived = self.lane.copy(here, there)
 
     def take(self) -> torch.Tensor:
         """The buffer, for whatever the current stream does next."""
@@ -150,7 +171,7 @@ class Offload:
         place = self.places[path]
         follows = last is not None and last.place < place
         group = _Group(place, self._last if follows else _nothing)
-        stays = _addresses(module.parameters()) | _addresses(_shared(given))
+        stays = _addresses(_resting(module)) | _addresses(_shared(given))
 
         def pack(t: torch.Tensor) -> Any:
             if type(t) is not torch.Tensor:
@@ -191,6 +212,14 @@ def _nothing() -> None:
 
 def _addresses(tensors: Iterable[torch.Tensor]) -> set[int]:
     return {t.untyped_storage().data_ptr() for t in tensors}
+
+
+def _resting(module: nn.Module) -> Iterator[torch.Tensor]:
+    """What is on the device between steps: parameters, what packed ones have beside them, buffers."""
+    for p in module.parameters():
+        yield p
+        yield from states(p)
+    yield from module.buffers()
 
 
 def _shared(given: Any) -> list[torch.Tensor]:

@@ -141,6 +141,17 @@ def flop_formulas() -> dict[str, Work]:
 
 
 @functools.cache
+def passing_formulas() -> dict[str, Work]:
+    """By operator name, what ``OpSpec.passing`` says of the op and of its backward."""
+    found: dict[str, Work] = {}
+    for spec in catalogue():
+        if spec.passing is not None:
+            names = spec.name, spec.backward.split("(", 1)[0]
+            found |= dict(zip(names, spec.passing, strict=True))
+    return found
+
+
+@functools.cache
 def workspaces() -> dict[str, OpSpec]:
     """By name, the ops that say what memory they need at once (``OpSpec.workspace``)."""
     return {s.name: s for s in catalogue() if s.workspace is not None}

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from fusewright.runtime import packed
+
 
 def saved_bytes(
     model: nn.Module, paths: Iterable[str], batch: dict[str, torch.Tensor]
 ) -> dict[str, int]:
     """Per block's path, bytes of the storages that its forward alone keeps alive for a backward."""
     found: dict[str, int] = {}
-    counted = {p.untyped_storage()._cdata for p in model.parameters()}
+    resting = [t for p in model.parameters() for t in (p, *packed.states(p))]
+    counted = {t.untyped_storage()._cdata for t in resting}
     alive: list[torch.Tensor] = []  # an id stays taken while its storage lives
 
     def around(path: str, module: nn.Module) -> None:

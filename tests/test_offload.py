@@ -86,12 +86,20 @@ def test_what_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
             x = block(x, shared)
         assert len({id(p.source) for p in made if p.source is not None}) <= 8
     assert all(p.source is None or p.source.data_ptr() not in stay for p in made)
-    sizes = [p.host.numel() for p in made]
+    sizes = [sum(t.numel() for t in p.host) for p in made]
     assert sizes.count(5 * 48 * 4) == 3  # the one buffer of a, b and c, once a block
     first = [p for p in made[: len(made) // 3]]
     assert all(p.source is None for p in first)
     x.sum().backward()
     assert all(p.here is not None for p in first)
+
+
+@pytest.mark.parametrize("size", [1, 2**20, 2**20 + 1, 3 * 2**20 + 5, 2_809_856_000])
+def test_pinned_memory_is_asked_for_in_powers_of_two(size: int) -> None:
+    """What the allocator rounds up is under a piece's least size."""
+    found = offload.pieces(size, 2**20)
+    assert sum(found) == size and len(found) <= 14
+    assert sum(1 << (n - 1).bit_length() for n in found) - size < 2**20
 
 
 def test_memory_of_other_types_is_left_alone() -> None:
@@ -144,7 +152,10 @@ def test_a_model_trains_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> Non
     model = adapted()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable()
-    ours = fusewright.optimize(model, lowering="fx", memory_budget="auto", strict=True)
+    ours = fusewright.optimize(model, lowering="fx", memory_budget=1, strict=True)
+    with pytest.raises(timeline.DoesNotFit) as refused:
+        ours(**batch)
+    driver._required(ours).memory.budget = refused.value.least
     moved: list[int] = []
     made_as = offload._Parcel.__init__
 

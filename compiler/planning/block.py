@@ -6,18 +6,23 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 from torch import fx
 
 from fusewright.compiler import cut as cuts
-from fusewright.compiler import ir
+from fusewright.compiler import ir, tiles
 from fusewright.compiler.joint import Joint
 from fusewright.compiler.planning import price as price_
 from fusewright.compiler.planning import work
 from fusewright.compiler.planning.devices import Device
+from fusewright.compiler.planning.work import Amounts
 from fusewright.compiler.recompute import base
+
+if TYPE_CHECKING:
+    from fusewright.compiler.planning.liveness import Schedule
+    from fusewright.compiler.planning.tiling import Tiling
 
 BATCH, SEQUENCE = sympy.symbols("batch sequence", positive=True, integer=True)
 KEEP, WHOLE = "keep", "whole block"
@@ -59,17 +64,19 @@ class Choice:
             block from its input, infinity where nothing runs again.
         cut: what is saved and what runs again.
         away: whether what is saved is in the host's memory until the backward.
+        tiled: whether the block's tail runs in tiles of rows; the cut is then of what comes before it.
     """
 
     name: str
     price: float
     cut: cuts.Cut
     away: bool = False
+    tiled: bool = False
 
     @property
     def label(self) -> str:
-        """The name, with where the saved values wait."""
-        return f"{self.name}, offloaded" if self.away else self.name
+        """The name, with where the saved values wait and what runs in tiles."""
+        return self.name + ", tiled" * self.tiled + ", offloaded" * self.away
 
 
 @dataclass
@@ -79,12 +86,17 @@ class Block:
     Attributes:
         joint: its joint graph.
         symbols: what each symbol of the graph is: ``BATCH``, ``SEQUENCE``, or a number.
-        choices: the front, from the fastest to the smallest.
+        choices: the front, from the fastest to the smallest; behind it that of those with tiles.
+        tiling: its parts, where its tail can run in tiles.
+        schedules, inner: what is worked out once (see ``liveness``).
     """
 
     joint: Joint
     symbols: dict[Any, Any]
     choices: list[Choice] = field(default_factory=list)
+    tiling: Tiling | None = None
+    schedules: dict[cuts.Cut, Schedule] = field(default_factory=dict)
+    inner: Choice | None = None
 
     def __post_init__(self) -> None:
         self.nodes = [n for n in self.joint.graph.nodes if n.op != "output"]
@@ -92,22 +104,28 @@ class Block:
         self._evaluate = self._compiled()
 
     def _compiled(self) -> Callable[[int, int], Sequence[float]]:
-        flat = [
-            e.subs(self.symbols) for w in self.works.values() for e in (w.memory, w.moved, w.flops)
-        ]
+        flat = [e.subs(self.symbols) for w in self.works.values() for e in w.formulas]
         function: Callable[[int, int], Sequence[float]] = sympy.lambdify(
             (BATCH, SEQUENCE), flat, "math"
         )
         return function
 
-    def numbers(self, batch: int, sequence: int) -> dict[fx.Node, tuple[float, float, float]]:
-        """Per node: bytes of memory, bytes moved, FLOPs."""
+    def numbers(self, batch: int, sequence: int) -> dict[fx.Node, Amounts]:
+        """What the formulas of each node come to."""
         flat = self._evaluate(batch, sequence)
-        triples = zip(flat[0::3], flat[1::3], flat[2::3], strict=True)
-        return dict(zip(self.works, triples, strict=True))
+        step = len(Amounts._fields)
+        found = [Amounts(*flat[i : i + step]) for i in range(0, len(flat), step)]
+        return dict(zip(self.works, found, strict=True))
+
+    def usable(self, batch: int, sequence: int) -> list[Choice]:
+        """The choices for a batch: tiles where there are rows for more than one."""
+        return [c for c in self.choices if not c.tiled or tiles.worth(batch * sequence)]
 
     def formula(self, choice: Choice) -> sympy.Expr:
         """Bytes that a choice saves, over ``batch`` and ``sequence``."""
+        if choice.tiled:
+            assert self.tiling is not None
+            return self.tiling.formula(choice)
         bases = {base(n) for n in choice.cut.saved if ir.is_tensor(n)} - self.joint.free
         total = sum((self.works[b].memory for b in bases), sympy.Integer(0))
         return sympy.expand(total.subs(self.symbols))
@@ -127,16 +145,34 @@ def symbols_of(joint: Joint, sizes: tuple[int, int]) -> dict[Any, Any]:
 def build(joint: Joint, traced: tuple[int, int], device: Device, sizes: tuple[int, int]) -> Block:
     """The block of a joint graph, traced at one (batch, sequence), with its front at another."""
     block = Block(joint, symbols_of(joint, traced))
+    block.choices = front(block, _with_host(ways(block, device, sizes), device), device, sizes)
+    return block
+
+
+def tile(block: Block, tiling: Tiling, device: Device, sizes: tuple[int, int]) -> None:
+    """Add the ways to run the block's tail in tiles to a block."""
+    block.tiling = tiling
+    more = [dataclasses.replace(c, tiled=True) for c in tiling.first.choices]
+    block.choices += front(block, _with_host(more, device), device, sizes)
+
+
+def _with_host(found: list[Choice], device: Device) -> list[Choice]:
+    """The choices and, where values can be moved there, their twins in the host's memory."""
+    return found + [dataclasses.replace(c, away=True) for c in found if device.host]
+
+
+def ways(block: Block, device: Device, sizes: tuple[int, int]) -> list[Choice]:
+    """Cuts of a block at all prices, from keeping everything to a checkpoint around it."""
+    joint = block.joint
     numbers = block.numbers(*sizes)
 
     def seconds(node: fx.Node) -> float:
-        _, moved, flops = numbers[node]
-        return block.works[node].seconds(device, moved, flops)
+        return block.works[node].seconds(device, numbers[node])
 
     def at(price: float) -> Choice:
         found = cuts.minimum(joint, price_.cost(price, block.works.__getitem__, seconds))
-        heavy = [n for n in found.recomputed if numbers[n][2] and n in joint.required]
-        some = [n for n in found.recomputed if numbers[n][1] and n in joint.required]
+        heavy = [n for n in found.recomputed if numbers[n].flops and n in joint.required]
+        some = [n for n in found.recomputed if numbers[n].moved and n in joint.required]
         plural = "s" if len(heavy) > 1 else ""
         name = f"pointwise and {len(heavy)} product{plural}" if heavy else "pointwise"
         return Choice(name if some else KEEP, price, found)
@@ -145,10 +181,7 @@ def build(joint: Joint, traced: tuple[int, int], device: Device, sizes: tuple[in
     found = [Choice(KEEP, math.inf, cuts.minimum(joint, cuts.keep)), *ends]
     _between(*ends, at, found, _DEPTH)
     found.append(whole(joint))
-    if device.host:
-        found += [dataclasses.replace(c, away=True) for c in found]
-    block.choices = front(block, found, device, sizes)
-    return block
+    return found
 
 
 def _between(
@@ -180,7 +213,10 @@ def front(
     measured.sort(key=lambda pair: (pair[0].seconds, pair[0].saved, pair[0].backward))
     kept: list[tuple[Measure, Choice]] = []
     for cost, choice in measured:
-        # What is alive while other layers run, and while this one does.
-        if all(cost.saved < k.saved or cost.most < k.most for k, _ in kept):
+        # What is alive while other layers run, while this one does, and in the host's memory.
+        if all(
+            cost.saved < k.saved or cost.most < k.most or cost.saved + cost.away < k.saved + k.away
+            for k, _ in kept
+        ):
             kept.append((cost, choice))
     return [choice for _, choice in kept]

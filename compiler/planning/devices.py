@@ -7,11 +7,18 @@ scaled from it by their data sheets.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 GIB = 2**30
+_PINNED = 0.75  # of the host's memory: the rest is the program's, its data's and the system's
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 class UnknownDevice(ValueError):
@@ -30,6 +37,7 @@ class Device:
         bandwidth: bytes/s of a copy, read and written bytes counted.
         launch: seconds that a kernel takes at least.
         host: bytes/s to the host's pinned memory and back, each way; 0 where nothing is moved there.
+        host_memory: bytes of the host's that may be pinned for that.
     """
 
     name: str
@@ -40,6 +48,11 @@ class Device:
     bandwidth: float
     launch: float = 4e-6
     host: float = 0.0
+    host_memory: int = 96 * GIB
+
+    def copied(self, moved: float) -> float:
+        """Seconds of a pass over memory that reads and writes so many bytes; 0 for none."""
+        return max(moved / (0.9 * self.bandwidth), self.launch) if moved else 0.0
 
     def seconds(self, flops: float, moved: float) -> float:
         """Of a kernel that does ``flops`` and moves ``moved`` bytes: the slower of the two."""
@@ -79,7 +92,18 @@ def at_hand() -> Device:
     if not torch.cuda.is_available():
         return describe("h100")
     properties = torch.cuda.get_device_properties(0)
-    rates = {
-        k: v for k, v in vars(describe(properties.name)).items() if k not in ("name", "memory")
-    }
-    return Device(properties.name, int(properties.total_memory), **rates)
+    return dataclasses.replace(
+        describe(properties.name),
+        name=properties.name,
+        memory=int(properties.total_memory),
+        host_memory=int(_PINNED * host_memory()),
+    )
+
+
+def host_memory(limits: Sequence[str] = _LIMITS) -> int:
+    """Bytes of this machine's memory, or of the part of it that the process may have."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in limits:
+        with contextlib.suppress(OSError, ValueError):  # none, or "max"
+            found.append(int(Path(limit).read_text(encoding="ascii")))
+    return min(found)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -16,10 +16,18 @@ from fusewright.compiler.partition import Asked
 from fusewright.compiler.planning.devices import Device
 from fusewright.compiler.planning.price import at_hints
 from fusewright.compiler.records import GraphRecord
+from fusewright.compiler.tiles import Parts, split
 from fusewright.runtime.offload import Offload
 
 if TYPE_CHECKING:
     from fusewright.compiler.planning.plan import MemoryPlan, Planner
+
+
+class Way(NamedTuple):
+    """How a block runs: the price of its cut, 0 for a checkpoint around it, and whether in tiles."""
+
+    price: float
+    tiled: bool
 
 
 class Memory:
@@ -46,8 +54,8 @@ class Memory:
         self._failed = self._frugal = False
         self._offload = Offload({})
 
-    def price(self, module: nn.Module, path: str, given: Any) -> float | None:
-        """The price of the block's cut, 0 for a checkpoint around it, None where nothing is planned.
+    def way(self, module: nn.Module, path: str, given: Any) -> Way | None:
+        """How the block is to run; None where nothing is planned.
 
         Raises:
             DoesNotFit: the step cannot be kept under the budget, said before it runs.
@@ -55,7 +63,17 @@ class Memory:
         sizes = _sizes(tree_leaves(given))
         if sizes is not None and not self._failed:
             self._plan_for(sizes, bool(getattr(module, "gradient_checkpointing", False)))
-        return None if self.plan is None else self.plan.prices.get(path)
+        return None if self.plan is None else self._way(path)
+
+    def _way(self, path: str) -> Way | None:
+        assert self.plan is not None
+        price = self.plan.prices.get(path)
+        return None if price is None else Way(price, path in self.plan.tiled)
+
+    def tiled(self, gm: fx.GraphModule, path: str, record: GraphRecord) -> Parts | None:
+        """The parts of the block that runs at ``path``, if its tail is to run in tiles."""
+        tiled = self.plan is not None and path in self.plan.tiled and record.kind == "block"
+        return split(gm) if tiled else None
 
     def _plan_for(self, sizes: tuple[int, int], frugal: bool) -> None:
         """Plan once, and again when a larger batch comes or checkpointing is switched."""

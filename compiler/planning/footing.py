@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import fx, nn
 from fusewright.compiler import ir
 from fusewright.compiler.planning import work
 from fusewright.compiler.planning.devices import Device
+from fusewright.runtime import packed
 from fusewright.runtime.op import flop_formulas, workspaces
 
 # Bytes of optimizer state per byte of a trained parameter, or fixed bytes per element.
@@ -43,11 +45,12 @@ class Footing:
     """Bytes that do not depend on the batch, and the head.
 
     Attributes:
-        parameters: of every parameter and buffer, shared memory once.
+        parameters: of every parameter and buffer, and of packed weights' scales; shared memory once.
         gradients: of the trained parameters, by the path of the block that they belong to; "" for
             those outside of blocks.
         optimizer: of its state.
         row: of one token's hidden state.
+        host: of the host's memory, what saved values may take.
     """
 
     parameters: int
@@ -55,6 +58,7 @@ class Footing:
     optimizer: int
     row: int
     head: Head
+    host: float = math.inf
 
     @property
     def trained(self) -> int:
@@ -77,11 +81,12 @@ def of(model: nn.Module, blocks: Iterable[str], head: Head, row: int, optimizer:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) in seen:
             continue
-        seen.add(id(tensor))
-        size = tensor.numel() * tensor.element_size()
-        total += size
+        for part in (tensor, *packed.states(tensor)):
+            total += 0 if id(part) in seen else part.numel() * part.element_size()
+            seen.add(id(part))
         if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
             owner = next((p for p in paths if name.startswith(p + ".")), "")
+            size = tensor.numel() * tensor.element_size()
             gradients[owner] = gradients.get(owner, 0) + size
             states += OPTIMIZERS[optimizer](tensor)
     return Footing(total, gradients, states, row, head)

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fusewright.compiler import capture, ir, regions
+from fusewright.compiler import capture, ir, lower, regions, tiles
 from fusewright.compiler.abstract import AbstractSession
 from fusewright.compiler.config import Options
 from fusewright.compiler.joint import Joint
 from fusewright.compiler.match import Pattern
 from fusewright.compiler.partition import Asked
 from fusewright.compiler.records import GraphRecord
+from fusewright.compiler.tiles import Parts
 from fusewright.runtime.op import register_all
 
 aten = torch.ops.aten
@@ -33,13 +34,13 @@ class Observed:
     """What a pass has shown.
 
     Attributes:
-        joints: per graph of a block, its joint graph, the hint of each symbol, and the modules that
-            run it.
+        joints: per graph of a block, its joint graph, its parts where it can run in tiles, and the
+            modules that run it.
         head: the rewritten graph of the head, if there is one.
         missed: paths of blocks that could not be captured.
     """
 
-    joints: list[tuple[Joint, list[str]]] = field(default_factory=list)
+    joints: list[tuple[Joint, Parts | None, list[str]]] = field(default_factory=list)
     head: fx.GraphModule | None = None
     missed: list[str] = field(default_factory=list)
 
@@ -49,7 +50,7 @@ class PlanSession(AbstractSession):
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        self.joints: list[tuple[GraphRecord, Joint]] = []
+        self.joints: list[tuple[GraphRecord, Joint, Parts | None]] = []
 
     def splitting(self, gm: fx.GraphModule, record: GraphRecord) -> Asked | None:
         """Split, so that the joint graph is made; attention stands as one fused call."""
@@ -57,8 +58,10 @@ class PlanSession(AbstractSession):
             return None
         fuse_attention(gm)
 
+        parts = tiles.split(gm)
+
         def look(joint: Joint) -> None:
-            self.joints.append((record, joint))
+            self.joints.append((record, joint, parts))
 
         asked = Asked.of(gm.graph, "keep", lambda chosen: None)
         return Asked(asked.level, asked.tell, asked.parameters, asked.inputs, look)
@@ -92,6 +95,30 @@ def fuse_attention(gm: fx.GraphModule) -> None:
     gm.recompile()
 
 
+def joint_of(gm: fx.GraphModule) -> Joint:
+    """The joint graph of a part of a block, of which what is trained or made inside wants gradients."""
+    found: list[Joint] = []
+    asked = Asked.of(gm.graph, "keep", lambda chosen: None)
+    inputs = [_like(n) for n in gm.graph.find_nodes(op="placeholder")]
+    lower.lower(
+        gm, inputs, "fx", None,
+        Asked(asked.level, asked.tell, asked.parameters, asked.inputs, found.append),
+    )  # fmt: skip
+    return found[0]
+
+
+def _like(node: fx.Node) -> Any:
+    """A value like the input's, which wants a gradient if there is one."""
+    value = ir.value(node)
+    if not isinstance(value, torch.Tensor):
+        return value
+    with value.fake_mode:  # type: ignore[attr-defined]
+        made = torch.empty_strided(
+            value.shape, value.stride(), dtype=value.dtype, device=value.device
+        )
+    return made.requires_grad_(bool(node.meta.get("requires_grad")))
+
+
 def observe(model: nn.Module, catalogue: Sequence[Pattern], inputs: Mapping[str, Any]) -> Observed:
     """One forward pass on meta tensors.
 
@@ -119,10 +146,10 @@ def observe(model: nn.Module, catalogue: Sequence[Pattern], inputs: Mapping[str,
     finally:
         capture.remove(model)
     seen = Observed()
-    for record, joint in session.joints:
+    for record, joint, parts in session.joints:
         if record.modules:
-            seen.joints.append((joint, sorted(record.modules)))
-    known = {p for _, paths in seen.joints for p in paths}
+            seen.joints.append((joint, parts, sorted(record.modules)))
+    known = {p for *_, paths in seen.joints for p in paths}
     seen.missed = [path for path, _ in found.blocks if path not in known]
     heads = [r.rewritten for r in session.records if r.kind == "head" and r.rewritten is not None]
     seen.head = heads[-1] if heads else None

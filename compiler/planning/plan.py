@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusewright.compiler import regions
+from fusewright.compiler import regions, tiles
 from fusewright.compiler.match import Pattern
 from fusewright.compiler.planning import block as blocks
 from fusewright.compiler.planning import budget as budgets
-from fusewright.compiler.planning import footing, liveness, observed, timeline
+from fusewright.compiler.planning import footing, liveness, observed, tiling, timeline
+from fusewright.compiler.planning.bare import without_weights
 from fusewright.compiler.planning.devices import GIB, Device
 from fusewright.compiler.planning.timeline import DoesNotFit, Event, Layer
 
@@ -47,6 +49,7 @@ class MemoryPlan:
         layers: path -> name of its choice.
         prices: path -> the price that its cut was made with (bytes of memory a second is worth).
         offloaded: paths of the layers whose saved values are in the host's memory in between.
+        tiled: paths of the layers whose tail, the part after attention, runs in tiles of rows.
         formulas: kind of choice -> bytes that a layer saves, over batch and sequence.
         timeline: the step's moments.
         table: budgets and what they give, from the most useful to the least that fits.
@@ -64,6 +67,7 @@ class MemoryPlan:
     layers: dict[str, str]
     prices: dict[str, float]
     offloaded: list[str]
+    tiled: list[str]
     formulas: dict[str, str]
     timeline: list[Event]
     table: list[Row]
@@ -116,7 +120,13 @@ class Planner:
         traced = (traced[0] + (traced[0] == sequence), sequence)
         self.device, self.sizes = device, sizes
         seen = observed.observe(model, catalogue, inputs(*traced))
-        built = [(blocks.build(j, traced, device, sizes), paths) for j, paths in seen.joints]
+        built = []
+        self._tilings: list[Callable[[], None]] = []
+        for joint, parts, paths in seen.joints:
+            made = blocks.build(joint, traced, device, sizes)
+            built.append((made, paths))
+            if parts is not None:
+                self._tilings.append(functools.partial(_tile, made, parts, traced, device))
         order = [path for path, _ in regions.find(model).blocks]
         owner = {path: b for b, paths in built for path in paths}
         self.blocks = [(path, owner[path]) for path in order if path in owner]
@@ -126,15 +136,21 @@ class Planner:
         head = footing.head_of(seen.head, trained, traced)
         width = weight.in_features if isinstance(weight, nn.Linear) else 0
         element = weight.weight.element_size() if isinstance(weight, nn.Linear) else 2
-        self.footing = footing.of(model, order, head, width * element, optimizer)
+        found = footing.of(model, order, head, width * element, optimizer)
+        self.footing = dataclasses.replace(found, host=device.host_memory)
 
     def layers(self, batch: int, sequence: int) -> list[Layer]:
         """The layers with the costs of their choices at one size."""
+        if tiles.worth(batch * sequence):
+            for build in self._tilings:
+                build()
+            self._tilings.clear()
         found: dict[int, tuple[Any, ...]] = {}
         for _, b in self.blocks:
             if id(b) not in found:
                 front = tuple(
-                    liveness.measure(b, c, self.device, batch, sequence) for c in b.choices
+                    liveness.measure(b, c, self.device, batch, sequence)
+                    for c in b.usable(batch, sequence)
                 )
                 spent = liveness.forward_seconds(b, self.device, batch, sequence)
                 spent += liveness.backward_seconds(b, self.device, batch, sequence)
@@ -166,7 +182,9 @@ class Planner:
         chosen = timeline.choose(layers, self.footing, batch, sequence, size)
         moments = timeline.events(layers, chosen, self.footing, batch, sequence)
         again = timeline.recompute(layers, chosen)
-        picked = [b.choices[c] for (_, b), c in zip(self.blocks, chosen, strict=True)]
+        picked = [
+            b.usable(batch, sequence)[c] for (_, b), c in zip(self.blocks, chosen, strict=True)
+        ]
         named = {path: c.label for (path, _), c in zip(self.blocks, picked, strict=True)}
         return MemoryPlan(
             device=self.device.name,
@@ -179,6 +197,7 @@ class Planner:
             layers=named,
             prices={p: c.price for (p, _), c in zip(self.blocks, picked, strict=True)},
             offloaded=[p for (p, _), c in zip(self.blocks, picked, strict=True) if c.away],
+            tiled=[p for (p, _), c in zip(self.blocks, picked, strict=True) if c.tiled],
             formulas={c.label: str(b.formula(c)) for _, b in self.blocks for c in b.choices},
             timeline=moments,
             table=self.table(layers),
@@ -200,7 +219,7 @@ class Planner:
         sizes = self.sizes
         lean = timeline.smallest(layers, self.footing, *sizes)
         least = timeline.needed(timeline.peak(layers, lean, self.footing, *sizes), self.footing)
-        fast = [0] * len(layers)
+        fast = timeline.kept(layers)
         most = timeline.needed(timeline.peak(layers, fast, self.footing, *sizes), self.footing)
         rows = []
         plain = self.seconds(layers, *sizes)
@@ -240,14 +259,10 @@ class Planner:
         return notes
 
 
-def without_weights(model: nn.Module) -> nn.Module:
-    """A copy of the model on the meta device; its weights are not copied on the way."""
-    memo: dict[int, Any] = {}
-    for p in model.parameters():
-        memo[id(p)] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
-    for b in model.buffers():
-        memo[id(b)] = b.detach().to("meta")
-    return copy.deepcopy(model, memo).train()
+def _tile(block: blocks.Block, parts: tiles.Parts, traced: tuple[int, int], device: Device) -> None:
+    """Add a block's choices with tiles, worked out for a row of enough tokens."""
+    sizes = 1, 16 * tiles.TOKENS
+    blocks.tile(block, tiling.build(parts, traced, device, sizes), device, sizes)
 
 
 def text_inputs(model: nn.Module) -> Callable[[int, int], dict[str, torch.Tensor]]:

@@ -41,8 +41,8 @@ def at_hints(price: float, device: Device) -> Callable[[Joint], cuts.Cut]:
 
         def seconds(node: fx.Node) -> float:
             found = work.of(node)
-            moved, flops = (float(e.subs(hints)) for e in (found.moved, found.flops))
-            return found.seconds(device, moved, flops)
+            amounts = work.Amounts(*(float(e.subs(hints)) for e in found.formulas))
+            return found.seconds(device, amounts)
 
         return cuts.minimum(joint, cost(price, work.of, seconds))
 

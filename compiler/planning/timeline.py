@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -76,12 +78,21 @@ def events(
 def peak(
     layers: Sequence[Layer], chosen: Sequence[int], footing: Footing, batch: int, sequence: int
 ) -> float:
-    """The most bytes allocated at any moment of the step."""
+    """The most bytes allocated at any moment of the step; infinite if the host's memory does not do."""
+    if away(layers, chosen) > footing.host:
+        return math.inf
     return max(e.bytes for e in events(layers, chosen, footing, batch, sequence))
+
+
+def away(layers: Sequence[Layer], chosen: Sequence[int]) -> float:
+    """Bytes that wait in the host's memory between the forward and the backward."""
+    return sum(layer.front[c].away for layer, c in zip(layers, chosen, strict=True))
 
 
 def needed(peak_bytes: float, footing: Footing) -> int:
     """The budget that a peak needs, the allocator's losses included."""
+    if math.isinf(peak_bytes):
+        return sys.maxsize
     stays = footing.parameters + footing.optimizer
     return int(peak_bytes + FRAGMENTATION * max(peak_bytes - stays, 0.0))
 
@@ -140,9 +151,10 @@ def choose(
     Raises:
         DoesNotFit: no choice does.
     """
-    fast = [0] * len(layers)
-    if needed(peak(layers, fast, footing, batch, sequence), footing) <= budget:
-        return fast
+    for fast in ([0] * len(layers), kept(layers)):
+        least = needed(peak(layers, fast, footing, batch, sequence), footing)
+        if least <= budget and recompute(layers, fast) <= recompute(layers, [0] * len(layers)):
+            return fast
     lean = smallest(layers, footing, batch, sequence)
     least = needed(peak(layers, lean, footing, batch, sequence), footing)
     if least > budget:
@@ -160,7 +172,7 @@ def choose(
         return True
 
     low = sum(min(c.saved for c in layer.front if not c.away) for layer in layers)
-    high = sum(layer.front[0].saved for layer in layers)
+    high = sum(max(c.saved for c in layer.front) for layer in layers)
     for _ in range(12):
         room = (low + high) / 2
         if better(_knapsack(layers, room, lambda cost: not cost.away)):
@@ -169,8 +181,40 @@ def choose(
             high = room
     if any(cost.away for layer in layers for cost in layer.front):
         for room, beside in _divisions(layers, footing, batch * sequence, budget):
-            better(_knapsack(layers, room, functools.partial(_fits_beside, beside)))
+            allowed = functools.partial(_fits_beside, beside)
+            better(_spared(layers, _knapsack(layers, room, allowed), footing.host, allowed))
     return best
+
+
+def _spared(
+    layers: Sequence[Layer],
+    chosen: list[int] | None,
+    host: float,
+    allowed: Callable[[Measure], bool],
+) -> list[int] | None:
+    """The choices with less in the host's memory, where it is too much, for the least time a byte.
+
+    What layers save on the device does not grow; the earlier of equal layers change first.
+    """
+    if chosen is None:
+        return None
+    chosen = list(chosen)
+    total = away(layers, chosen)
+    while total > host:
+        best: tuple[float, int, int] | None = None
+        for at, layer in enumerate(layers):
+            now = layer.front[chosen[at]]
+            for c, cost in enumerate(layer.front):
+                less = now.away - cost.away
+                if less > 0 and cost.saved <= now.saved and allowed(cost):
+                    way = (cost.seconds - now.seconds) / less, at, c
+                    best = way if best is None or way < best else best
+        if best is None:
+            return None
+        _, at, c = best
+        total -= layers[at].front[chosen[at]].away - layers[at].front[c].away
+        chosen[at] = c
+    return chosen
 
 
 def _fits_beside(room: float, cost: Measure) -> bool:
@@ -187,10 +231,15 @@ def _divisions(
     stays = footing.parameters + footing.optimizer
     most = (budget + FRAGMENTATION * stays) / (1 + FRAGMENTATION)
     left = most - stays - footing.trained - tokens * footing.row
-    high = min(left, sum(layer.front[0].saved for layer in layers))
+    high = min(left, sum(max(c.saved for c in layer.front) for layer in layers))
     for part in range(_DIVISIONS + 1):
         room = max(high, 0.0) * part / _DIVISIONS
         yield room, left - room
+
+
+def kept(layers: Sequence[Layer]) -> list[int]:
+    """The fastest choices that need nothing of the host's memory."""
+    return [next((i for i, c in enumerate(layer.front) if not c.away), 0) for layer in layers]
 
 
 def recompute(layers: Sequence[Layer], chosen: Sequence[int]) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from fusewright.compiler import ir
 from fusewright.compiler.planning.devices import Device
 from fusewright.compiler.recompute import is_view, tensors
-from fusewright.runtime.op import flop_formulas
+from fusewright.runtime.op import flop_formulas, passing_formulas
 
 _ATTENTION = "_scaled_dot_product_"
 
@@ -33,20 +33,39 @@ class Work:
         memory: bytes of the storages that its results lie in; 0 for views.
         moved: bytes that it reads and writes.
         flops: of matrix products.
+        passing: bytes that it needs while it runs, beside those.
+        before: bytes that it moves before its products begin.
         kind: "products", "attention" or "attention_backward": whose rate its FLOPs have.
     """
 
     memory: sympy.Expr
     moved: sympy.Expr
     flops: sympy.Expr
+    passing: sympy.Expr = sympy.S.Zero
+    before: sympy.Expr = sympy.S.Zero
     kind: str = "products"
 
-    def seconds(self, device: Device, moved: float, flops: float) -> float:
+    @property
+    def formulas(self) -> tuple[sympy.Expr, ...]:
+        """In the order of :class:`Amounts`."""
+        return self.memory, self.moved, self.flops, self.passing, self.before
+
+    def seconds(self, device: Device, amounts: Amounts) -> float:
         """The time of a run whose formulas came to these numbers."""
-        if moved == 0:
+        if amounts.moved == 0:
             return 0.0
         share = device.products / getattr(device, self.kind)
-        return device.seconds(flops * share, moved)
+        return device.seconds(amounts.flops * share, amounts.moved) + device.copied(amounts.before)
+
+
+class Amounts(NamedTuple):
+    """The formulas of a :class:`Work` in numbers."""
+
+    memory: float
+    moved: float
+    flops: float
+    passing: float
+    before: float
 
 
 def expression(size: Any) -> sympy.Expr:
@@ -77,7 +96,7 @@ def of(node: fx.Node) -> Work:
     read = {n for n in node.all_input_nodes if ir.is_tensor(n)}
     moved = sum((_extent(ir.value(n)) for n in read), zero) + sum(map(_extent, found), zero)
     flops, kind = _flops(node)
-    return Work(memory, moved, flops, kind)
+    return Work(memory, moved, flops, *_passing(node), kind)
 
 
 def _storage(t: torch.Tensor) -> sympy.Expr:
@@ -105,6 +124,32 @@ def _flops(node: fx.Node) -> tuple[sympy.Expr, str]:
     if formula is None:
         return sympy.Integer(0), "products"
     return expression(formula(*args, **kwargs, out_val=ir.value(node))), "products"
+
+
+def _passing(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
+    """Bytes within a run and bytes moved before its products; of attention what kernels ask for."""
+    target: Any = node.target
+    own = getattr(target, "namespace", "") == "fusewright"
+    name = getattr(getattr(target, "_schema", None), "name", "").partition("::")[2]
+    if name.startswith(_ATTENTION) and "backward" in name:
+        return _sums_of_attention(node), sympy.Integer(0)
+    formula = passing_formulas().get(name) if own else None
+    if formula is None:
+        return sympy.Integer(0), sympy.Integer(0)
+    found = formula(fx.map_arg(node.args, ir.value), ir.value(node))
+    return expression(found.memory), expression(found.moved)
+
+
+def _sums_of_attention(node: fx.Node) -> sympy.Expr:
+    """Its backward sums dq in float32, and dk and dv of heads that share theirs apart."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    q, k, v = (ir.value(given[n]) for n in ("query", "key", "value"))
+    total = 4 * expression(q.numel())
+    if expression(q.shape[1]) != expression(k.shape[1]):
+        apart = expression(q.shape[0]) * expression(q.shape[1]) * expression(k.shape[2])
+        total += apart * (expression(k.shape[3]) + expression(v.shape[3])) * k.element_size()
+    return total
 
 
 def _attention(name: str, schema: Any, args: Any, kwargs: Any) -> tuple[sympy.Expr, str]:

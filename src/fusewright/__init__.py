@@ -109,6 +109,7 @@ def plan(
     optimizer: str = "adamw",
     lora: int = 0,
     dtype: str = "bfloat16",
+    base: str = "",
 ) -> MemoryPlan:
     """The fastest training step of a language model that fits a memory budget, without running it.
 
@@ -124,6 +125,7 @@ def plan(
         optimizer: "adamw", "adamw-8bit", "sgd" or "sgd-momentum".
         lora: adapters of this rank on every linear of a model that is given by name.
         dtype: of a model that is given by name.
+        base: "nf4" or "fp4": the linears of such a model are bitsandbytes' 4-bit ones (QLoRA); "" is not.
 
     Raises:
         ValueError: the budget is no size, or too small: then it has the least budget as ``least``;
@@ -131,7 +133,7 @@ def plan(
     """
     from fusewright import planned
 
-    options = {"device": device, "optimizer": optimizer, "lora": lora, "dtype": dtype}
+    options = {"device": device, "optimizer": optimizer, "lora": lora, "dtype": dtype, "base": base}
     return planned.plan(model, batch, sequence, budget, **options)
 
 

@@ -91,6 +91,7 @@ def plan(
     ] = "adamw",
     dtype: Annotated[str, typer.Option(help=", ".join(_DTYPES))] = "bfloat16",
     lora: Annotated[int, typer.Option(min=0, help="adapters of this rank on every linear")] = 0,
+    base: Annotated[str, typer.Option(help="nf4 or fp4: 4-bit weights under the adapters")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else")] = False,
     png: Annotated[Path | None, typer.Option(help="write the timeline as a picture")] = None,
 ) -> None:
@@ -103,6 +104,7 @@ def plan(
             warnings.simplefilter("ignore")
             try:
                 options = {"device": device, "optimizer": optimizer, "lora": lora, "dtype": dtype}
+                options |= {"base": base}
                 made = planned.plan(target, batch, sequence, _size(budget), **options)
             except ValueError as error:
                 if str(error).startswith("FUSEWRIGHT_"):

@@ -42,7 +42,9 @@ def _named(
 ) -> tuple[nn.Module, int]:
     from fusewright import targets
 
-    question = targets.Question(batch, sequence, options["dtype"], options["lora"])
+    question = targets.Question(
+        batch, sequence, options["dtype"], options["lora"], base=options["base"]
+    )
     built = targets.build(target, question)
     return built.model, int(built.inputs["input_ids"].shape[1])
 

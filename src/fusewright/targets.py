@@ -22,6 +22,8 @@ _HEADS = (
     "AutoModelForMaskedLM",
 )
 _LONGEST = 4096
+BASES = ("nf4", "fp4")
+_BLOCK, _OUTER = 64, 256  # weights a scale, scales a scale of theirs: what bitsandbytes takes
 # What model classes raise over a config whose values do not fit together.
 _MISFITS = (
     ArithmeticError,
@@ -52,7 +54,8 @@ class Question:
     """What is asked about a model besides its name.
 
     Sequence 0 is what the config allows, to 4096; layers 0 is as many as the config has. On another
-    device than meta the weights are drawn at random.
+    device than meta the weights are drawn at random. ``base`` names a 4-bit form of the frozen linears,
+    one of ``BASES``, on the meta device; "" leaves them in ``dtype``.
     """
 
     batch: int = 1
@@ -62,6 +65,7 @@ class Question:
     trust_remote_code: bool = False
     device: str = "meta"
     layers: int = 0
+    base: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ def build(target: str, question: Question) -> Built:
     if question.layers:
         _shorten(text, question.layers)
     model = _model(target, config, question)
+    if question.base:
+        _pack(model, question)
     if question.lora:
         model = _with_adapters(model, question)
     vocabulary = int(getattr(text, "vocab_size", 0) or 2)
@@ -186,6 +192,57 @@ def _shorten(config: Any, layers: int) -> None:
     for name, entries in vars(config).items():
         if isinstance(entries, list) and len(entries) == had:
             setattr(config, name, entries[:layers])
+
+
+def _pack(model: nn.Module, question: Question) -> None:
+    """Every linear layer but the head over 4-bit weights with double quantisation, as QLoRA has them."""
+    if question.base not in BASES:
+        raise BadTarget(f"base: expected one of {', '.join(BASES)}; got {question.base!r}")
+    if question.device != "meta" or not question.lora:
+        raise BadTarget("base: 4-bit weights are for adapters over them, and for shapes alone")
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise MissingExtra("bitsandbytes", "qlora") from None
+    for name in _linears(model):
+        owner, _, last = name.rpartition(".")
+        dense = model.get_submodule(name)
+        setattr(
+            model.get_submodule(owner),
+            last,
+            packed_linear(bitsandbytes, dense, question.base, getattr(torch, question.dtype)),
+        )
+    model.is_loaded_in_4bit = model.is_quantized = True  # type: ignore[assignment]
+
+
+def packed_linear(library: Any, dense: Any, kind: str, dtype: torch.dtype) -> nn.Module:
+    """The 4-bit layer in place of a dense one, on the meta device, as bitsandbytes would make it."""
+    count = dense.weight.numel()
+    blocks = -(-count // _BLOCK)
+
+    def empty(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    state = library.functional.QuantState
+    outer = state(
+        absmax=empty((-(-blocks // _OUTER),), torch.float32), blocksize=_OUTER,
+        code=empty((256,), torch.float32), dtype=torch.float32,
+    )  # fmt: skip
+    scales = state(
+        absmax=empty((blocks,), torch.uint8), shape=dense.weight.shape, blocksize=_BLOCK,
+        code=empty((16,), torch.float32), quant_type=kind, dtype=dtype,
+        offset=empty((), torch.float32), state2=outer,
+    )  # fmt: skip
+    made = library.nn.Linear4bit(
+        dense.in_features, dense.out_features, bias=False, compute_dtype=dtype, quant_type=kind,
+        device="meta",
+    )  # fmt: skip
+    made.weight = library.nn.Params4bit(
+        empty((-(-count // 2), 1), torch.uint8), quant_state=scales, quant_type=kind,
+        bnb_quantized=True,
+    )  # fmt: skip
+    made.quant_state, made.bias = scales, dense.bias
+    return made  # type: ignore[no-any-return]
 
 
 def _with_adapters(model: nn.Module, question: Question) -> nn.Module:
