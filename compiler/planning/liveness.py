@@ -10,6 +10,7 @@ from torch import fx
 
 from fusewright.compiler import cut as cuts
 from fusewright.compiler import ir
+from fusewright.compiler.gated_backward import costs_nothing
 from fusewright.compiler.planning.block import WHOLE, Block, Choice, Measure
 from fusewright.compiler.planning.devices import Device
 from fusewright.compiler.planning.work import Amounts
@@ -24,7 +25,7 @@ class Schedule:
 
     Attributes:
         kept: whose memory is saved and would be free without.
-        again: what runs a second time.
+        again: what runs a second time, and takes time.
         forward, backward: the calls in order, each with the values that are not needed after it.
     """
 
@@ -40,7 +41,9 @@ def schedule(block: Block, choice: Choice) -> Schedule:
     if known is None:
         joint = block.joint
         kept = frozenset({base(n) for n in choice.cut.saved if ir.is_tensor(n)} - joint.free)
-        again = tuple(n for n in choice.cut.recomputed if n in joint.required)
+        again = tuple(
+            n for n in choice.cut.recomputed if n in joint.required and not costs_nothing(n)
+        )
         first = [n for n in joint.forward if n in joint.required]
         ran = set(choice.cut.recomputed or joint.forward)
         outside = kept | joint.free

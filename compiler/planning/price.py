@@ -10,6 +10,7 @@ from torch import fx
 
 from fusewright.compiler import cut as cuts
 from fusewright.compiler import ir
+from fusewright.compiler.gated_backward import costs_nothing
 from fusewright.compiler.joint import Joint
 from fusewright.compiler.planning import work
 from fusewright.compiler.planning.devices import Device
@@ -25,6 +26,8 @@ def cost(
     """
 
     def of(node: fx.Node) -> float | None:
+        if costs_nothing(node):
+            return 0.0
         again = repeatable(node) and works(node).kind == "products"
         return price * seconds(node) if again else None
 
