@@ -129,6 +129,8 @@ def _mode(
             continue
         try:
             measured = _float32(eager, ours, batch) if full else _bfloat16(eager, ours, batch)
+        except NotTrainable as error:
+            measured = {"status": "eager does not train", "reason": str(error)}
         except zoo_configs.FAILURES as error:
             measured = {"status": "broken", "reason": _brief(error)}
         row[key] = measured
@@ -201,7 +203,7 @@ def _against_float64(ours: Any, eager: Any, batch: dict[str, torch.Tensor]) -> d
     for seeds in (range(SEEDS), range(SEEDS, MORE_SEEDS)):
         try:
             ratios += [_exactness([t]).ratio for t in _triples(ours, eager, batch, seeds)]
-        except zoo_configs.FAILURES as error:
+        except (NotTrainable, *zoo_configs.FAILURES) as error:
             return {"float64": _brief(error)}
         middle = statistics.median(ratios)
         if middle <= AMPLIFIED:
@@ -217,8 +219,23 @@ def _triples(
     for seed in seeds:
         drawn = _batch(batch, seed)
         mine, theirs = training.train_step(ours, drawn), training.train_step(eager, drawn)
-        found.append((mine, theirs, training.oracle_step(eager, drawn)))
+        if not math.isfinite(float(theirs.loss)):
+            raise NotTrainable("eager's loss is not finite in bfloat16")
+        _let_go(eager)
+        try:
+            exact = training.oracle_step(eager, drawn)
+        except zoo_configs.FAILURES as error:
+            raise NotTrainable(f"eager does not run in float64: {_brief(error)}") from error
+        found.append((mine, theirs, exact))
     return found
+
+
+def _let_go(model: Any) -> None:
+    """Cut what a forward pass has left on its modules off its graph: such tensors cannot be copied."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                setattr(module, name, value.detach())
 
 
 def _train(model: Any, batch: dict[str, torch.Tensor]) -> tuple[training.Step, list[float]]:
