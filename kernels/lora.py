@@ -29,6 +29,8 @@ out lo lo alone, 2^-18 of the product. The reference computes such branches in f
 The augmented form needs the weights in a buffer with room for A and B (see ``room``) and no gradient
 of W; without it the adapters are added to the base's result, which is rounded twice then, as eager's.
 
+``lora_thin`` gives S alone, for a forward that runs again and whose y nobody reads.
+
 Source: E. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
 """
 
