@@ -28,9 +28,8 @@ def forward(group: Group, roomy: bool, packed: bool) -> Passing:
     augmented = _augmented(group)
     space = room.needed(plan(group).columns if augmented else 0, 0)
     width, height = x.shape[-1], sum(w.shape[0] for w in group.weights)
-    copied = 0
-    if augmented and not roomy:
-        copied = x.numel() // width * (width + space.columns) * size
+    rows = x.numel() // width if augmented and not roomy else 0
+    copied = rows * (width + space.columns) * size
     written = height * (width + space.columns) * size if packed else 0
     read = int(_PACKED * height * width) if packed else 0
     return Passing(copied + written, copied + written + read)
@@ -47,9 +46,8 @@ def backward(
     space = room.needed(0, plan(group).thin if augmented else 0)
     width, height = x.shape[-1], sum(w.shape[0] for w in group.weights)
     ready = grad_roomy and len(dys) == 1
-    copied = 0
-    if augmented and not ready:
-        copied = x.numel() // width * (height + space.rows) * size
+    rows = x.numel() // width if augmented and not ready else 0
+    copied = rows * (height + space.rows) * size
     written = (height + space.rows) * width * size if packed else 0
     read = int(_PACKED * height * width) if packed else 0
     return Passing(copied + written, copied + written + read)
