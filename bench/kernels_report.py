@@ -49,8 +49,11 @@ def shares(norms: dict[str, Any], losses: dict[str, Any]) -> list[dict[str, Any]
     return out
 
 
-def markdown(device: str, rows: list[dict[str, Any]]) -> str:
-    """One line a kernel: the least, the median and the most of its shapes, and what was asked."""
+def markdown(device: str, name: str, rows: list[dict[str, Any]]) -> str:
+    """One line a kernel: the least, the median and the most of its shapes, and what was asked.
+
+    ``name`` is the device's in the files of results.
+    """
     lines = [
         f"# Kernels on one {device}",
         "",
@@ -60,7 +63,7 @@ def markdown(device: str, rows: list[dict[str, Any]]) -> str:
         "",
         *(f"    {c}" for c in COMMANDS),
         "",
-        "![share of copy bandwidth](../bench/results/kernels-h200.png)",
+        f"![share of copy bandwidth](../bench/results/kernels-{name}.png)",
         "",
         "| kernel | asked | least | at | median | most | shapes at or above |",
         "|---|---|---|---|---|---|---|",
@@ -108,8 +111,8 @@ def main() -> None:
     whole = {"commands": COMMANDS, "shares": rows, "norms": norms, "glu_loss": losses}
     out.write_text(json.dumps(whole, indent=1) + "\n")
     plot(out.with_suffix(".png"), norms["device"], rows)
-    (ROOT / "docs" / "kernels.md").write_text(markdown(norms["device"], rows))
-    print(markdown(norms["device"], rows))
+    (ROOT / "docs" / "kernels.md").write_text(markdown(norms["device"], args.name, rows))
+    print(markdown(norms["device"], args.name, rows))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def test_both_and_their_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     kernels = {r["kernel"].split()[0] for r in rows}
     assert names | {"glu", "glu_packed", "cross_entropy", "nf4_dequantize"} <= kernels
     assert kernels_report.wanted("gated after dx+dw") == kernels_report.WANTED["dx+dw"]
-    assert all(r["kernel"] in kernels_report.markdown("card", rows) for r in rows)
+    assert all(r["kernel"] in kernels_report.markdown("card", "card", rows) for r in rows)
 
 
 def test_a_sweep_of_tiles(tmp_path: Path) -> None:
