@@ -67,8 +67,9 @@ class Halves:
     def __init__(self, graph: fx.Graph, plain: bool) -> None:
         self._plain = plain
         self._rerun: fx.GraphModule | None = None
-        inputs = enumerate(graph.find_nodes(op="placeholder"))
-        self._static = frozenset(at for at, node in inputs if node.meta.get("lasting"))
+        inputs = graph.find_nodes(op="placeholder")
+        self._inputs = len(inputs)
+        self._static = frozenset(at for at, n in enumerate(inputs) if n.meta.get("lasting"))
         self._autocast = torch._C._is_any_autocast_enabled()
         self._ends: _Ends | None = None
         self._layout: Layout | None = None
@@ -119,7 +120,9 @@ class Halves:
         layout, metadata = self._layout, self._metadata
         if layout is None or self._forward is None or self._backward is None:
             return run
-        if _asks_for_more(metadata):
+        # Tensors that the graph itself holds are arguments of the halves that AOTAutograd adds.
+        added = len(metadata.input_info) != self._inputs
+        if added or _asks_for_more(metadata):
             return run
         layout = layout._replace(donated=bool(metadata.bw_donated_idxs))
         rerun = None if self._rerun is None else plain_python(self._rerun)

@@ -35,7 +35,8 @@ def _spread(layers: fx.Node) -> bool:
     (whole,) = given["dys"]
     if whole.target is not torch.ops.aten.cat.default or set(whole.users) != {layers}:
         return False
-    pieces, dimension = ir.argument(whole, 0), ir.argument(whole, 1, 0)
+    given_pieces, dimension = ir.argument(whole, 0), ir.argument(whole, 1, 0)
+    pieces = [p for p in given_pieces if ir.traced(ir.value(p).shape[-1])]  # a cut may leave none
     value = ir.value(whole)
     if dimension not in (-1, value.dim() - 1):
         return False
