@@ -133,16 +133,23 @@ class _Writer:
         if isinstance(value, types.FunctionType):
             cells = tuple(self(c.cell_contents) for c in value.__closure__ or ())
             named = (value.__module__, value.__qualname__)
-            return (
-                named,
-                value.__code__,
-                cells,
-                self(value.__defaults__),
-                self(value.__kwdefaults__),
-            )
+            defaults = (self(value.__defaults__), self(value.__kwdefaults__))
+            return named, value.__code__, cells, defaults, self._called(value)
         if isinstance(value, types.BuiltinFunctionType):
             return "builtin", getattr(value, "__module__", ""), value.__qualname__
         if dataclasses.is_dataclass(value):
             fields = tuple(self(getattr(value, f.name)) for f in dataclasses.fields(value))
             return type(value), fields
         raise _Unknown(value)
+
+    def _called(self, function: types.FunctionType) -> Any:
+        """The functions that one of ours names: who replaces one of them makes another claim."""
+        if not (function.__module__ or "").startswith("fusewright."):
+            return ()
+        found = ((n, function.__globals__.get(n)) for n in sorted(_names(function.__code__)))
+        return tuple((n, self(f)) for n, f in found if isinstance(f, types.FunctionType))
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = [_names(c) for c in code.co_consts if isinstance(c, types.CodeType)]
+    return set(code.co_names).union(*inner)
