@@ -219,13 +219,15 @@ def _triples(
     for seed in seeds:
         drawn = _batch(batch, seed)
         mine, theirs = training.train_step(ours, drawn), training.train_step(eager, drawn)
-        if not math.isfinite(float(theirs.loss)):
-            raise NotTrainable("eager's loss is not finite in bfloat16")
+        if not all(t.isfinite().all() for t in (theirs.loss, *theirs.grads.values())):
+            raise NotTrainable("eager's loss or gradients are not finite in bfloat16")
         _let_go(eager)
         try:
             exact = training.oracle_step(eager, drawn)
         except zoo_configs.FAILURES as error:
             raise NotTrainable(f"eager does not run in float64: {_brief(error)}") from error
+        if not all(t.isfinite().all() for t in (exact.loss, *exact.grads.values())):
+            raise NotTrainable("eager's loss or gradients are not finite in float64")
         found.append((mine, theirs, exact))
     return found
 
