@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import place
@@ -176,14 +173,6 @@ def _compile(jobs: list[tuple[Setting, int]]) -> None:
         torch.cuda.empty_cache()
 
 
-def in_processes(function: Callable[[list[Any]], Any], jobs: Iterable[Any]) -> None:
-    """Compile into Triton's cache in as many processes as there are cores."""
-    found = list(jobs)
-    count = max(1, min(16, (os.cpu_count() or 2) - 1, len(found)))
-    with ProcessPoolExecutor(count, get_context("spawn")) as pool:
-        list(pool.map(function, [found[i::count] for i in range(count)]))
-
-
 def graph(run: Run, pool: Any) -> Run:
     """Replay of the run as a CUDA graph; nobody reads results, so graphs share one pool of memory."""
     if not place.ON_GPU:
@@ -309,7 +298,7 @@ def run(
     begin = time.monotonic()
     cases = settings_of(options.quick, options.dry)
     if place.ON_GPU:
-        in_processes(warm, [(case, at) for case in cases for at in range(4)])
+        place.in_processes(warm, [(case, at) for case in cases for at in range(4)])
         print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
     register_all()
     torch.manual_seed(0)

@@ -16,10 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import place
@@ -196,9 +193,7 @@ def main() -> None:
     groups = jobs(8 if options.dry else options.rows, options.dry, options.narrow)
     if not options.dry:
         everyone = [job for group in groups for job in group]
-        workers = max(1, min(16, os.cpu_count() or 2))
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            list(pool.map(_compile, [everyone[i::workers] for i in range(workers)]))
+        place.in_processes(_compile, everyone)
         print(f"{len(everyone)} variants compiled in {time.monotonic() - begin:.0f} s", flush=True)
     copy = copy_bandwidth()
     best: list[dict[str, Any]] = []

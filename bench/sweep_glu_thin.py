@@ -12,11 +12,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import place
@@ -193,9 +190,7 @@ def main() -> None:
     ]
     everyone = [job for group in groups for job in group] + [(g[0][0], None) for g in groups]
     if not options.dry:
-        workers = max(1, min(16, os.cpu_count() or 2))
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            list(pool.map(_compile, [everyone[i::workers] for i in range(workers)]))
+        place.in_processes(_compile, everyone)
         print(f"{len(everyone)} variants compiled in {time.monotonic() - begin:.0f} s", flush=True)
     copy = copy_bandwidth()
     best: list[dict[str, Any]] = []

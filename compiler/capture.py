@@ -121,14 +121,14 @@ def _region_forward(cls: type[nn.Module], backend: Backend, session: Session) ->
             return inner(self, *args, **kwargs)
         if session.memory is None or backend.kind != "block":
             return session.call(backend.kind, self, ways[None], args, kwargs)
-        way = session.memory.way(self, session.paths.get(self, "?"), (args, kwargs))
+        path = session.paths.get(self, "?")
+        way = session.memory.way(self, path, (args, kwargs))
         if way not in ways:
             ways[way] = compiled_forward(inner, backend)
 
         def run(*args: Any) -> Any:
             return session.call(backend.kind, self, ways[way], args, kwargs)
 
-        path = session.paths.get(self, "?")
         with session.memory.around(path, self, (args, kwargs)):
             if way is None or way.price != 0:
                 return run(*args)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusewright.compiler import ir
+from fusewright.compiler import ir, rewrite
 
 # Positions in the results of lora_group_backward.
 DX, DBIASES, DDOWN, DUP = 0, 3, 4, 5
@@ -26,14 +26,7 @@ _DENSE = ("glu_packed", "glu_packed_backward")
 
 def join(half: fx.GraphModule) -> int:
     """Rewrite the backward half in place; tells how many units no longer run again."""
-    joined = 0
-    for node in list(half.graph.nodes):
-        if ir.own_name(node) == "lora_group_backward":
-            joined += _joined(half.graph, node)
-    if joined:
-        half.graph.lint()
-        half.recompile()
-    return joined
+    return rewrite.each(half, ir.own_calls(half.graph, "lora_group_backward"), _joined)
 
 
 def costs_nothing(h: fx.Node) -> bool:
@@ -61,8 +54,8 @@ def _unit_of(layers: fx.Node, h: fx.Node) -> tuple[dict[Any, fx.Node], fx.Node] 
     plain = not given["inputs"] and not given["need_inputs"] and not given["need_weights"]
     if given["x"] is not h or not (plain and given["need_x"] and given["need_down"]):
         return None
-    results = {n.args[1]: n for n in layers.users if n.target is operator.getitem}
-    if len(results) != len(layers.users) or not results.keys() <= {DX, DBIASES, DDOWN, DUP}:
+    results = ir.results(layers)
+    if results is None or not results.keys() <= {DX, DBIASES, DDOWN, DUP}:
         return None
     unit = _unit_backward(h, results.get(DX))
     return None if unit is None else (results, unit)

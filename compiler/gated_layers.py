@@ -13,13 +13,12 @@ The thin products are then made from the unit's numbers while these are in regis
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from fusewright.compiler import ir, order
+from fusewright.compiler import ir, order, rewrite
 from fusewright.compiler.gated_backward import DBIASES, DDOWN, DUP, DX
 
 _UNITS = ("glu_packed_roomy", "glu_packed")
@@ -27,26 +26,12 @@ _UNITS = ("glu_packed_roomy", "glu_packed")
 
 def forward(half: fx.GraphModule) -> int:
     """Rewrite the forward half in place; tells how many units were joined."""
-    return _each(half, "lora_group", _join_forward)
+    return rewrite.each(half, ir.own_calls(half.graph, "lora_group"), _join_forward)
 
 
 def backward(half: fx.GraphModule) -> int:
     """Rewrite the backward half in place, after ``gated_backward``; tells how many were joined."""
-    return _each(half, "lora_glu_backward", _join_backward)
-
-
-def _each(half: fx.GraphModule, name: str, join: Callable[[fx.Graph, fx.Node], bool]) -> int:
-    joined = sum(join(half.graph, n) for n in list(half.graph.nodes) if ir.own_name(n) == name)
-    if joined:
-        half.graph.lint()
-        half.recompile()
-    return joined
-
-
-def _results(node: fx.Node) -> dict[Any, fx.Node] | None:
-    """Position -> the getitem of it; None if the node is used in another way, or one twice."""
-    found = {n.args[1]: n for n in node.users if n.target is operator.getitem}
-    return found if len(found) == len(node.users) else None
+    return rewrite.each(half, ir.own_calls(half.graph, "lora_glu_backward"), _join_backward)
 
 
 def _plain(given: dict[str, Any]) -> bool:
@@ -57,7 +42,7 @@ def _plain(given: dict[str, Any]) -> bool:
 def _join_forward(graph: fx.Graph, layers: fx.Node) -> bool:
     given = ir.named_arguments(layers)
     h = given["x"]
-    results = _results(layers)
+    results = ir.results(layers)
     if ir.own_name(h) not in _UNITS or results is None or not (_plain(given) and given["down"]):
         return False
     unit = ir.named_arguments(h)
@@ -95,12 +80,12 @@ def _join_forward(graph: fx.Graph, layers: fx.Node) -> bool:
 
 
 def _join_backward(graph: fx.Graph, unit: fx.Node) -> bool:
-    results = _results(unit)
+    results = ir.results(unit)
     dgate_up = results.get(0) if results else None
     if results is None or dgate_up is None or len(dgate_up.users) != 1:
         return False
     (first,) = dgate_up.users
-    found = _results(first) if ir.own_name(first) == "lora_group_backward" else None
+    found = ir.results(first) if ir.own_name(first) == "lora_group_backward" else None
     if found is None or not found.keys() <= {DX, DBIASES, DDOWN, DUP}:
         return False
     given = ir.named_arguments(first)

@@ -303,6 +303,17 @@ def own_name(node: Any) -> str:
     return str(target._schema.name.partition("::")[2])
 
 
+def own_calls(graph: fx.Graph, *names: str) -> list[fx.Node]:
+    """The calls of these ops of ours, in order."""
+    return [node for node in graph.nodes if own_name(node) in names]
+
+
+def results(node: fx.Node) -> dict[Any, fx.Node] | None:
+    """Position -> the getitem of it; None if the node is used in another way, or one twice."""
+    found = {n.args[1]: n for n in node.users if n.target is operator.getitem}
+    return found if len(found) == len(node.users) else None
+
+
 def named_arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of a call of an op of ours, by name; those ops have no defaults."""
     target: Any = node.target

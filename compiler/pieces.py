@@ -13,22 +13,17 @@ import itertools
 import torch
 from torch import fx
 
-from fusewright.compiler import ir
+from fusewright.compiler import ir, rewrite
 
 _GROUPS = ("lora_group_backward", "lora_group_4bit_backward")
 
 
 def spread(half: fx.GraphModule) -> int:
     """Rewrite the backward half in place; tells how many gradients are no longer put together."""
-    found = sum(_spread(n) for n in list(half.graph.nodes) if ir.own_name(n) in _GROUPS)
-    if found:
-        half.graph.eliminate_dead_code()
-        half.graph.lint()
-        half.recompile()
-    return found
+    return rewrite.each(half, ir.own_calls(half.graph, *_GROUPS), _spread)
 
 
-def _spread(layers: fx.Node) -> bool:
+def _spread(graph: fx.Graph, layers: fx.Node) -> bool:
     given = ir.named_arguments(layers)
     if len(given["dys"]) != 1 or given["grad_roomy"]:
         return False
@@ -44,6 +39,7 @@ def _spread(layers: fx.Node) -> bool:
         return False
     layers.args = (list(pieces), *layers.args[1:])
     ir.describe(layers, layers, ir.value(layers))
+    graph.erase_node(whole)
     return True
 
 

@@ -16,20 +16,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusewright.compiler import ir
+from fusewright.compiler import ir, rewrite
 
 _NORMS = ("rms_norm_backward", "rms_norm_roomy_backward")
 
 
 def fold(half: fx.GraphModule) -> int:
     """Rewrite the backward half in place; tells how many sums are gone."""
-    folded = 0
-    for node in half.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor):
-        folded += _folded(half.graph, node)
-    if folded:
-        half.graph.lint()
-        half.recompile()
-    return folded
+    sums = half.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
+    return rewrite.each(half, sums, _folded)
 
 
 def _folded(graph: fx.Graph, total: fx.Node) -> bool:

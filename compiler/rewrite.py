@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,17 @@ def item(graph: fx.Graph, source: fx.Node, index: int) -> fx.Node:
     node.meta["val"] = ir.value(source)[index]
     ir.inherit_provenance(node, source)
     return node
+
+
+def each(
+    half: fx.GraphModule, nodes: Iterable[fx.Node], one: Callable[[fx.Graph, fx.Node], bool]
+) -> int:
+    """Rewrite at each of some nodes where ``one`` can, in place; tells at how many it could."""
+    done = sum(one(half.graph, node) for node in list(nodes))
+    if done:
+        half.graph.lint()
+        half.recompile()
+    return done
 
 
 def apply(match: Match, graph: fx.Graph) -> tuple[fx.Node, ...]:

@@ -34,7 +34,7 @@ _MOST = 32  # ranks of an operand, above which sums do not fit in registers
 _KINDS = (torch.bfloat16, torch.float16)
 
 
-class Products6(NamedTuple):
+class Made(NamedTuple):
     """P and dB of the layers that made gate and up, in their order, and dA of the one that reads h."""
 
     right: list[torch.Tensor]
@@ -164,7 +164,7 @@ def backward(
     terms: Sequence[Term],
     wide: Wide | None,
     copies: Sequence[Copy],
-) -> Products6:
+) -> Made:
     """Fill ``out`` with d(gate_up), and make the products.
 
     Args:
@@ -208,5 +208,5 @@ def backward(
         thin_copies.launch(works)
     (da,) = own.lefts
     assert da is not None
-    return Products6([t for t in pair.rights if t is not None],
+    return Made([t for t in pair.rights if t is not None],
                      [t for t in pair.lefts if t is not None], da)  # fmt: skip

@@ -10,15 +10,8 @@ from __future__ import annotations
 
 from fusewright.kernels.elementary import up_and_slope, value, value_and_slope
 from fusewright.kernels.launch import tl, triton
+from fusewright.kernels.thin_kernels import _product
 from fusewright.kernels.thin_parts import WIDEN, clear, give, share, small_copy, wide
-
-
-@triton.jit
-def _dot(a, b, total):
-    """total + a b, in float32."""
-    if WIDEN:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total)
 
 
 @triton.jit
@@ -105,11 +98,11 @@ def glu_backward_products(
         to = out_ptr + (wide(t) * out_row + line[:, None] * out_row + column[None, :])
         tl.store(to + gate_at, dgate, mask=mask)
         tl.store(to + up_at, dup, mask=mask)
-        of_h = _dot(tl.trans(h), p, of_h)
-        of_gate = _dot(tl.trans(dgate), sg, of_gate)
-        of_up = _dot(tl.trans(dup), su, of_up)
-        pg = _dot(dgate, bg, tl.zeros([BT, RP], tl.float32))
-        pu = _dot(dup, bu, tl.zeros([BT, RP], tl.float32))
+        of_h = _product(tl.trans(h), p, (0, 0), of_h, 0)
+        of_gate = _product(tl.trans(dgate), sg, (0, 0), of_gate, 0)
+        of_up = _product(tl.trans(dup), su, (0, 0), of_up, 0)
+        pg = _product(dgate, bg, (0, 0), tl.zeros([BT, RP], tl.float32), 0)
+        pu = _product(dup, bu, (0, 0), tl.zeros([BT, RP], tl.float32), 0)
         share(right_ptr, wide(gate_slab + slab) * rows + t, pg, there)
         share(right_ptr, wide(up_slab + slab) * rows + t, pu, there)
     kept = (column < width)[:, None]
@@ -165,7 +158,7 @@ def glu_forward_product(
                 h_ptr + (wide(first_row) * h_row + line[:, None] * h_row + column[None, :]),
                 h, mask=mask,
             )  # fmt: skip
-            total = _dot(h, tl.trans(a), total)
+            total = _product(h, tl.trans(a), (0, 0), total, 0)
         if partial_ptr is not None:
             share(partial_ptr, wide(slab) * rows + first_row, total, there)
         else:

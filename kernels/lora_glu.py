@@ -28,7 +28,7 @@ from fusewright.kernels.glu_kernels import launch_packed_backward
 from fusewright.kernels.launch import launchable
 from fusewright.kernels.lora_group import Group, Needs, Tensors, takes
 from fusewright.kernels.room import empty_roomy
-from fusewright.kernels.spec import Implementation, OpSpec
+from fusewright.kernels.spec import Implementation, one_way
 
 
 class Given(NamedTuple):
@@ -75,10 +75,7 @@ class Given(NamedTuple):
 
     def group(self, h: torch.Tensor) -> Group:
         """The layers and adapters over h."""
-        sources = [-1] * len(self.down)
-        return Group(
-            h, [], self.weights, self.biases, self.down, self.up, self.member, sources, self.scales
-        )
+        return Group.over(h, self)
 
 
 class Results(NamedTuple):
@@ -142,19 +139,15 @@ def _flops(args: Sequence[Any], out: Any) -> Any:
 
 
 OPS = (
-    OpSpec(
-        forward="lora_glu_backward(Tensor[] dys, Tensor thin, Tensor gate_up, Tensor[] weights, "
+    one_way(
+        "lora_glu_backward(Tensor[] dys, Tensor thin, Tensor gate_up, Tensor[] weights, "
         "Tensor?[] biases, Tensor[] down, Tensor[] up, int[] member, float[] scales, "
         "str activation, bool gate_first, bool interleaved, int room, int grad_room, "
         "bool grad_roomy, bool need_biases, bool need_down, bool need_up) -> "
         "(Tensor dgate_up, Tensor[] dbiases, Tensor[] ddown, Tensor[] dup)",
-        backward="",
-        differentiable=(),
-        outputs=0,
-        save=lambda inputs, outputs: (),
-        reference=(host, host),
-        triton=(device, device),
-        fake=(_fake, _fake),
-        flops=(_flops, _flops),
+        host,
+        device,
+        _fake,
+        _flops,
     ),
 )

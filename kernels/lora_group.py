@@ -39,6 +39,12 @@ class Group(NamedTuple):
     source: Sequence[int]
     scales: Sequence[float]
 
+    @classmethod
+    def over(cls, x: torch.Tensor, layers: Any) -> Group:
+        """The layers that a named tuple has under these names, every adapter of which reads x."""
+        ours = (layers.weights, layers.biases, layers.down, layers.up, layers.member)
+        return cls(x, [], *ours, [-1] * len(layers.down), layers.scales)
+
     @property
     def dtype(self) -> torch.dtype:
         """In which the adapters work: float32 if one is in float32, else that of the first."""

@@ -28,7 +28,7 @@ from fusewright.kernels import lora_products as products
 from fusewright.kernels.launch import launchable
 from fusewright.kernels.lora_group import Group, Needs, Plan, Tensors, takes
 from fusewright.kernels.room import columns_of, empty_roomy
-from fusewright.kernels.spec import Implementation, OpSpec
+from fusewright.kernels.spec import Implementation, one_way
 from fusewright.kernels.thin import Copy, Term, Wide
 
 Biases = Sequence[torch.Tensor | None]
@@ -65,10 +65,7 @@ class Unit(NamedTuple):
 
     def group(self, h: torch.Tensor) -> Group:
         """The layers over h."""
-        sources = [-1] * len(self.down)
-        return Group(
-            h, [], self.weights, self.biases, self.down, self.up, self.member, sources, self.scales
-        )
+        return Group.over(h, self)
 
 
 Outputs = tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]
@@ -161,11 +158,7 @@ class First(NamedTuple):
     @property
     def group(self) -> Group:
         """The layers over x."""
-        sources = [-1] * len(self.down)
-        return Group(
-            self.x, [], self.weights, self.biases, self.down, self.up, self.member, sources,
-            self.scales,
-        )  # fmt: skip
+        return Group.over(self.x, self)
 
 
 class Results(NamedTuple):
@@ -287,14 +280,7 @@ def _joins(given: lora_glu.Given, first: First, second: Group) -> bool:
 
 
 def _fake_bwd(*args: Any) -> Results:
-    given, first = _read(args)
-    done = lora_glu._fake(*given)
-    found = lora._fake_bwd(
-        [done.gate_up], first.thin, *first.group, given.grad_room > 0, *first.needs
-    )  # fmt: skip
-    return Results(
-        found.x, found.biases, found.down, found.up, done.biases, done.down, done.up
-    )  # fmt: skip
+    return _apart(args, lora_glu._fake, lora._fake_bwd)
 
 
 def _flops_fwd(args: Sequence[Any], out: Any) -> Any:
@@ -315,25 +301,8 @@ _LAYERS = (
 _FORM = "str activation, bool gate_first, bool interleaved, int room"
 
 
-def _only(
-    schema: str, host: Implementation, device: Implementation, fake: Implementation, flops: Any
-) -> OpSpec:
-    """An op of one direction: it stands in a half whose derivation is done."""
-    return OpSpec(
-        forward=schema,
-        backward="",
-        differentiable=(),
-        outputs=0,
-        save=lambda inputs, outputs: (),
-        reference=(host, host),
-        triton=(device, device),
-        fake=(fake, fake),
-        flops=(flops, flops),
-    )
-
-
 OPS = (
-    _only(
+    one_way(
         f"lora_glu(Tensor gate_up, {_LAYERS.format('')}, int[] widths, bool grad_roomy, {_FORM}) "
         "-> (Tensor[] ys, Tensor thin, Tensor h)",
         host_fwd,
@@ -341,7 +310,7 @@ OPS = (
         _fake_fwd,
         _flops_fwd,
     ),
-    _only(
+    one_way(
         f"lora_mlp_backward(Tensor[] dys, Tensor thin, Tensor gate_up, {_LAYERS.format('')}, "
         f"{_FORM}, int grad_room, bool grad_roomy, bool need_biases, bool need_down, bool need_up, "
         f"Tensor first_thin, Tensor first_x, {_LAYERS.format('first_')}, bool first_need_x, "

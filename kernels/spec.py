@@ -81,3 +81,24 @@ class OpSpec:
         """Whether the backward takes None for the gradient of an output that nobody used."""
         kinds = self.backward.partition("(")[2].split(",")[: self.outputs]
         return all(kind.strip().startswith("Tensor?") for kind in kinds)
+
+
+def one_way(
+    schema: str,
+    reference: Implementation,
+    triton: Implementation,
+    fake: Implementation,
+    flops: Work,
+) -> OpSpec:
+    """An op that is not differentiated: it stands in a half whose derivation is done."""
+    return OpSpec(
+        forward=schema,
+        backward="",
+        differentiable=(),
+        outputs=0,
+        save=lambda inputs, outputs: (),
+        reference=(reference, reference),
+        triton=(triton, triton),
+        fake=(fake, fake),
+        flops=(flops, flops),
+    )
