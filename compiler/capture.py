@@ -166,6 +166,7 @@ def _checkpointing(session: Session) -> Callable[..., Any]:
     """A block's checkpoint: a memory plan itself, at no more memory and less time, or its own."""
 
     def around(module: nn.Module, theirs: Callable[..., Any], run: Any, *args: Any) -> Any:
+        session.reached_blocks()  # a plan made here must not be captured within the spine's mode
         path = session.paths.get(module, "?")
         failed = any(record.failure for record in session.current.get(path, []))
         memory = session.memory

@@ -11,6 +11,7 @@ import torch
 import training
 
 import fusewright
+from fusewright.compiler.planning import observed
 from fusewright.compiler.records import Binding
 from fusewright.compiler.session import Session
 from fusewright.runtime.known import KnownValues
@@ -148,6 +149,27 @@ def test_a_step_asks_nothing(checkpointing: bool, monkeypatch: pytest.MonkeyPatc
         training.assert_same_step(*steps, what="llama")
     assert max(answered) == 1
     assert torch._C._len_torch_function_stack() == 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_plan_is_made_outside_of_it(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the mode every block would be captured anew."""
+    model = models.build("llama")
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ours = fusewright.optimize(model, lowering="fx", memory_budget="90%")
+    _session(ours).asked_device = "cpu"
+    modes = []
+    observe = observed.observe
+
+    def noted(*given: Any) -> observed.Observed:
+        modes.append(torch._C._len_torch_function_stack())
+        return observe(*given)
+
+    monkeypatch.setattr(observed, "observe", noted)
+    batch = {k: v for k, v in models.batch(0).items() if k != "attention_mask"}
+    training.train_step(ours, batch)
+    assert modes == [0]
 
 
 @pytest.mark.gpu
