@@ -20,11 +20,11 @@ import torch
 from torch import fx
 
 from fusewright.compiler import ir, known
+from fusewright.compiler.exact import Float64, Quiet
 from fusewright.compiler.known import Wanted
 from fusewright.compiler.records import Verdict
 
 log = logging.getLogger(__name__)
-aten = torch.ops.aten
 
 _LARGEST = 48
 _BUDGET = 2**28
@@ -34,38 +34,6 @@ _ONE_DIGIT = 0.1
 
 class NotVerifiable(Exception):
     """The region cannot be run in float64 or cut down; the message says why."""
-
-
-class Quiet(fx.Interpreter):
-    """Runs a graph with dropout off."""
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is aten.dropout.default:
-            return args[0].clone()
-        if target is aten.scaled_dot_product_attention.default and len(args) > 4:
-            args = (*args[:4], 0.0, *args[5:])
-        return super().call_function(target, args, kwargs)
-
-
-class _Float64(Quiet):
-    """Runs a graph in float64: floating casts and dtypes are widened."""
-
-    def run_node(self, node: fx.Node) -> Any:
-        if ir.is_cast(node):
-            return self.env[ir.argument(node, 0)]
-        return super().run_node(node)
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        widened = tuple(_widen_dtype(a) for a in args)
-        return super().call_function(
-            target, widened, {k: _widen_dtype(v) for k, v in kwargs.items()}
-        )
-
-
-def _widen_dtype(value: Any) -> Any:
-    if isinstance(value, torch.dtype) and value.is_floating_point:
-        return torch.float64
-    return value
 
 
 def verify(
@@ -102,7 +70,7 @@ def _verify(
     try:
         cut = cut_inputs(canonical, args)
         kept = _kept(canonical, rewritten)
-        exact = _run(_Float64(plain or canonical), cut, most, torch.float64, kept)
+        exact = _run(Float64(plain or canonical), cut, most, torch.float64, kept)
     except NotVerifiable as reason:
         return unverified(str(reason))
     except IndexError:
@@ -215,8 +183,8 @@ def _run(
         if isinstance(value, torch.Tensor):
             # What gets no gradient is not copied: a kernel may know a frozen weight by its memory.
             value = value.clone() if place in wanted else value.detach()
-            if dtype is not None and value.is_floating_point():
-                value = value.to(dtype)
+            if dtype is not None and place in wanted:
+                value = value.to(dtype)  # the rest where it is read
             value.requires_grad_(place in wanted)
         leaves.append(value)
     devices = sorted({v.device.index for v in leaves if isinstance(v, torch.Tensor) and v.is_cuda})
