@@ -21,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,187 +34,13 @@ KINDS = {
 }
 BUDGETS = {"plans": "middle", "budgets": "16.7,20,24,28,36", "longest": "auto"}
 GIB = 2**30
-NEAR = 4096  # tokens whose loss a long row's is checked against
-
-
-class Row:
-    """One model under one budget; what a process of its own measures."""
-
-    def __init__(self, spec: dict[str, Any]) -> None:
-        import torch
-
-        self.torch, self.spec = torch, spec
-        self.cuda = torch.cuda.is_available() and not spec["tiny"]
-        self.device = "cuda" if self.cuda else "cpu"
-        self.out: dict[str, Any] = {"device": "cpu"}
-        if self.cuda:
-            card = torch.cuda.get_device_properties(0)
-            self.out["device"] = card.name
-            if spec["limit"]:
-                share = min(1.0, spec["limit"] * 1e9 / card.total_memory)
-                torch.cuda.set_per_process_memory_fraction(share)
-
-    def build(self) -> Any:
-        """The trainee, not optimised; its checkpoints are off, for the plan decides."""
-        from dataclasses import replace
-
-        from step_models import Trainee
-        from step_work import workload
-
-        name, _, size = self.spec["work"].partition("@")
-        work = workload(name, self.spec["tiny"])
-        if size:
-            rows, tokens = map(int, size.split("x"))
-            work = replace(work, batch=(rows, min(tokens, 96) if self.spec["tiny"] else tokens))
-        if self.spec["tiny"] and work.mode == "qlora":
-            work = replace(work, mode="lora")  # quick: four bits are packed in a loop on a CPU
-        unplanned = self.spec["budget"] == "none"
-        work = replace(work, checkpoint=unplanned and self.spec["checkpoint"])
-        return Trainee(work, "eager", self.device, Path("."), rank=self.spec["rank"])
-
-    def run(self) -> dict[str, Any]:
-        """Plan, run, and compare."""
-        import fusewright
-
-        trainee = self.build()
-        spec, out = self.spec, self.out
-        batch = trainee.work.batch
-        out |= {"batch": list(batch), "resting": self.allocated()}
-        budget = self.budget(trainee, batch)
-        given = {} if budget is None else {"memory_budget": budget}
-        started = time.perf_counter()
-        trainee.model = fusewright.optimize(trainee.raw, lowering=spec["lowering"], **given)
-        trainee.step()
-        self.wait()
-        out["first_step_s"] = round(time.perf_counter() - started, 1)
-        plan = self.plan_of(trainee.model)
-        if budget is not None:
-            out |= plan
-        if not spec["once"]:
-            self.timed(trainee)
-            out["measured_timeline"] = self.moments(trainee)
-        else:
-            out["measured_peak"] = self.peak()
-        if spec["check"]:
-            self.check(trainee)
-        out["losses"] = [float(x) for x in trainee.losses]
-        out["notes"] = [
-            n for n in json.loads(fusewright.report(trainee.raw).to_json()).get("notes", [])
-        ]
-        return out
-
-    def budget(self, trainee: Any, batch: tuple[int, int]) -> str | int | None:
-        """Bytes for a name of the table's place; what is a number is GiB."""
-        import fusewright
-
-        asked = self.spec["budget"]
-        if asked in ("none", "auto"):
-            return None if asked == "none" else "auto"
-        if asked not in ("least", "middle"):
-            return int(float(asked) * GIB)
-        table = fusewright.plan(trainee.raw, *batch, budget="90%").table
-        return int(table[-1 if asked == "least" else len(table) // 2].budget)
-
-    def plan_of(self, model: Any) -> dict[str, Any]:
-        from fusewright.compiler import driver
-
-        memory = driver._required(model).memory
-        plan = None if memory is None else memory.plan
-        if plan is None:
-            return {"planned": False}
-        return {
-            "planned": True, "budget": plan.budget, "predicted_peak": plan.peak,
-            "predicted_s": plan.seconds, "again_s": plan.again, "counts": plan.counts,
-            "predicted_timeline": [[e.name, e.bytes] for e in plan.timeline],
-        }  # fmt: skip
-
-    def timed(self, trainee: Any) -> None:
-        """The middle of five steps, after two, and their peak."""
-        for _ in range(2):
-            trainee.step()
-        self.wait()
-        if self.cuda:
-            self.torch.cuda.reset_peak_memory_stats()
-        times = []
-        for _ in range(5):
-            started = time.perf_counter()
-            trainee.step()
-            self.wait()
-            times.append(time.perf_counter() - started)
-        self.out |= {"measured_s": sorted(times)[2], "times_s": times}
-        self.out["measured_peak"] = self.peak()
-        if self.cuda:
-            self.out["reserved"] = self.torch.cuda.max_memory_reserved()
-
-    def moments(self, trainee: Any) -> list[list[Any]]:
-        """The peak of each layer's forward and backward in one more step, as the plan has them."""
-        found: list[list[Any]] = []
-        model = (
-            trainee.raw.get_base_model() if hasattr(trainee.raw, "get_base_model") else trainee.raw
-        )
-        layers = list(model.model.layers)
-        forward = True
-
-        def close(name: str) -> None:
-            found.append([name, self.peak()])
-            if self.cuda:
-                self.torch.cuda.reset_peak_memory_stats()
-
-        def after(at: int) -> Callable[..., None]:
-            def hook(module: Any, given: Any, output: Any) -> None:
-                if not forward:  # a checkpoint's second run
-                    return
-                hidden = output[0] if isinstance(output, tuple) else output
-                close(f"forward {at}")
-                above = f"backward {at + 1}" if at + 1 < len(layers) else "head and loss"
-                if hidden.requires_grad:
-                    hidden.register_hook(lambda grad: close(above))
-
-            return hook
-
-        handles = [m.register_forward_hook(after(i)) for i, m in enumerate(layers)]
-        if self.cuda:
-            self.torch.cuda.reset_peak_memory_stats()
-        loss = trainee.model(input_ids=trainee.ids, labels=trainee.ids).loss
-        forward = False
-        loss.backward()
-        close("backward 0")
-        trainee.optimizer.step()
-        close("optimizer step")
-        trainee.optimizer.zero_grad(set_to_none=True)
-        for handle in handles:
-            handle.remove()
-        return found
-
-    def check(self, trainee: Any) -> None:
-        """The loss of a long row's first tokens is that of those tokens alone: no later one is seen.
-
-        With gradients on, since the plan is a training step's: without, all logits would be there.
-        """
-        torch = self.torch
-        near = min(NEAR, trainee.ids.shape[1] // 2)
-        labels = torch.full_like(trainee.ids, -100)
-        labels[:, :near] = trainee.ids[:, :near]
-        whole = float(trainee.model(input_ids=trainee.ids, labels=labels).loss)
-        part = trainee.ids[:, :near]
-        alone = float(trainee.model(input_ids=part, labels=part).loss)
-        self.out["check"] = {"tokens": near, "in_the_row": whole, "alone": alone}
-
-    def wait(self) -> None:
-        if self.cuda:
-            self.torch.cuda.synchronize()
-
-    def allocated(self) -> int | None:
-        return self.torch.cuda.memory_allocated() if self.cuda else None
-
-    def peak(self) -> int | None:
-        return self.torch.cuda.max_memory_allocated() if self.cuda else None
 
 
 def specs(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What the rows of a call are to do, in order."""
     common = {"tiny": given.tiny, "lowering": given.lowering, "limit": None, "once": False,
               "check": False, "rank": 16, "checkpoint": False, "kind": given.kind}  # fmt: skip
+    common["once"] = given.once
     budgets = (given.budgets or BUDGETS[given.kind]).split(",")
     if given.kind == "longest":
         for limit, tokens in (pair.split(":") for pair in given.limits.split(",")):
@@ -235,7 +62,7 @@ def measure(spec: dict[str, Any], left: float, carry: Path) -> dict[str, Any]:
         paths.insert(2, str(carry / "bnb"))
     environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
     environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    command = [sys.executable, str(Path(__file__).resolve()), "--row", json.dumps(spec)]
+    command = [sys.executable, str(ROOT / "bench" / "memory_row.py"), json.dumps(spec)]
     started = time.perf_counter()
     row: dict[str, Any] = {}
     with tempfile.TemporaryFile("w+") as log:
@@ -354,12 +181,6 @@ def plots(rows: Sequence[dict[str, Any]], out: Path) -> None:
 
 def main(typed: Sequence[str]) -> int:
     """Measure, write, print."""
-    if typed[:1] == ["--row"]:
-        answers = os.fdopen(os.dup(1), "w", buffering=1)
-        os.dup2(2, 1)
-        answers.write(json.dumps(Row(json.loads(typed[1])).run()) + "\n")
-        answers.flush()
-        os._exit(0)  # compile workers are not waited for
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("kind", choices=list(KINDS))
     parser.add_argument("works", nargs="*", help="WORKLOAD or WORKLOAD@ROWSxTOKENS")
@@ -368,21 +189,33 @@ def main(typed: Sequence[str]) -> int:
     parser.add_argument("--lowering", default="inductor")
     parser.add_argument("--seconds", type=float, default=500.0)
     parser.add_argument("--unsloth", action="store_true")
+    parser.add_argument(
+        "--once", action="store_true", help="peaks of the first step alone, no times"
+    )
+    parser.add_argument("--at-once", type=int, default=1, help="rows side by side: with --once")
     parser.add_argument("--carry", type=Path, default=ROOT / ".carry")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tiny", action="store_true", help="a dry run on a CPU")
     given = parser.parse_args(typed)
-    started, rows = time.monotonic(), []
+    started = time.monotonic()
+    rows: list[dict[str, Any]] = []
     out = None
-    wanted: list[Any] = [*specs(given), *([None] if given.unsloth else [])]
-    for spec in wanted:
+
+    def one(spec: Any) -> dict[str, Any] | None:
         left = given.seconds - (time.monotonic() - started)
         if left < 20:
-            print(f"{len(wanted) - len(rows)} rows left out, the time was up", flush=True)
-            break
-        rows.append(unsloth(given, left) if spec is None else measure(spec, left, given.carry))
-        out = write(rows, given)
-        print(f"[{time.monotonic() - started:4.0f} s] {line(rows[-1])}", flush=True)
+            return None
+        return unsloth(given, left) if spec is None else measure(spec, left, given.carry)
+
+    wanted: list[Any] = [*specs(given), *([None] if given.unsloth else [])]
+    with ThreadPoolExecutor(given.at_once) as pool:
+        for row in pool.map(one, wanted):
+            if row is None:
+                print("a row was left out, the time was up", flush=True)
+                continue
+            rows.append(row)
+            out = write(rows, given)
+            print(f"[{time.monotonic() - started:4.0f} s] {line(row)}", flush=True)
     if out is not None:
         plots(json.loads(out.read_text())["rows"], out)
     print(
