@@ -27,7 +27,7 @@ class Row:
         self.cuda = torch.cuda.is_available() and not spec["tiny"]
         self.device = "cuda" if self.cuda else "cpu"
         self.out: dict[str, Any] = {"device": "cpu"}
-        self.near: Any = None  # what the head was given for a long row's first tokens
+        self.near: Any = None  # the last norm's output for a long row's first tokens
         if self.cuda:
             card = torch.cuda.get_device_properties(0)
             self.out["device"] = card.name
@@ -60,7 +60,7 @@ class Row:
         trainee = self.build()
         spec, out = self.spec, self.out
         if spec["check"]:
-            self.watch(trainee)
+            self.alone(trainee)
         self.start_of_step()
         batch = trainee.work.batch
         out |= {"batch": list(batch), "resting": self.allocated()}
@@ -80,8 +80,8 @@ class Row:
             out["measured_timeline"] = self.moments(trainee)
         else:
             out["measured_peak"] = out["first_peak"]
-        if spec["check"]:
-            self.check(trainee)
+        if spec["check"]:  # no later token is seen, and no tile is lost
+            out["check"]["in_the_row"] = self.near_loss(trainee)
         out["losses"] = [float(x) for x in trainee.losses]
         out["notes"] = [
             n for n in json.loads(fusewright.report(trainee.raw).to_json()).get("notes", [])
@@ -168,29 +168,28 @@ class Row:
             handle.remove()
         return found
 
-    def watch(self, trainee: Any) -> None:
-        """Keep what the last norm gives for a long row's first tokens."""
+    def alone(self, trainee: Any) -> None:
+        """The eager loss of the first tokens by themselves, and a hook that keeps them in the step."""
 
         def keep(module: Any, given: Any, output: Any) -> None:
-            self.near = output[:, :NEAR].detach().clone()
+            self.near = output[:, : self.tokens(trainee)].detach().clone()
 
         trainee.raw.get_base_model().model.norm.register_forward_hook(keep)
+        with self.torch.no_grad():
+            trainee.raw.get_base_model().model(trainee.ids[:, : self.tokens(trainee)])
+        self.out["check"] = {"tokens": self.tokens(trainee), "alone": self.near_loss(trainee)}
+        if self.cuda:
+            self.torch.cuda.empty_cache()
 
-    def check(self, trainee: Any) -> None:
-        """The loss of the step's first tokens is that of those tokens alone: no later one is seen."""
-        torch, head = self.torch, trainee.raw.get_base_model().lm_head
-        near = min(NEAR, trainee.ids.shape[1] // 2)
-        ids = trainee.ids[:, :near]
+    def tokens(self, trainee: Any) -> int:
+        return min(NEAR, trainee.ids.shape[1] // 2)
 
-        def loss() -> float:
-            logits = head(self.near[:, : near - 1])[0].float()
-            return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:]))
-
-        with torch.no_grad():
-            whole = loss()
-        trainee.model(input_ids=ids, labels=ids)
-        with torch.no_grad():
-            self.out["check"] = {"tokens": near, "in_the_row": whole, "alone": loss()}
+    def near_loss(self, trainee: Any) -> float:
+        """Of what was kept: the first tokens' loss, in float32 from the head's logits."""
+        labels = trainee.ids[0, 1 : self.tokens(trainee)]
+        with self.torch.no_grad():
+            logits = trainee.raw.get_base_model().lm_head(self.near[:, :-1])[0].float()
+            return float(self.torch.nn.functional.cross_entropy(logits, labels))
 
     def wait(self) -> None:
         if self.cuda:
