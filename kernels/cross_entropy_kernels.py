@@ -232,14 +232,14 @@ def cross_entropy_forward(
 
 @triton.jit
 def cross_entropy_reduce(
-    losses_ptr, labels_ptr, denominator_ptr, loss_ptr, factor_ptr, good_ptr,
+    losses_ptr, labels_ptr, denominator_ptr, loss_ptr, factor_ptr,
     rows, label_step, vocab, ignore_index, unit,
     REDUCE: tl.constexpr, MEAN: tl.constexpr, DIVIDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add the rows up in one program, in a fixed order.
 
-    Writes the loss, the factor that the gradient of a row lacks (1 / count, 1 / denominator or 1,
-    over ``unit``; 0 where no row counts), and whether every label was in range.
+    Writes the loss and the factor that the gradient of a row lacks (1 / count, 1 / denominator or 1,
+    over ``unit``; 0 where no row counts), and asserts that every label is in range.
     """
     total = tl.zeros((BLOCK,), tl.float64)
     count = tl.zeros((BLOCK,), tl.int32)
@@ -254,7 +254,8 @@ def cross_entropy_reduce(
             count += counts.to(tl.int32)
         if REDUCE:
             total += tl.load(losses_ptr + at, mask=inside, other=0.0)
-    tl.store(good_ptr, (tl.sum(bad, axis=0) == 0).to(tl.int32))
+    good = tl.sum(bad, axis=0) == 0
+    tl.device_assert(good, "labels: expected ignore_index or 0 <= label < the number of classes")
     loss = tl.sum(total, axis=0)
     factor = 1.0 / _wide(unit)
     if MEAN:

@@ -137,10 +137,6 @@ class _Writer:
             if result.numel():
                 self.program.line(f"{self._read(step.args[0])}.zero_()")
             return
-        if function is aten._assert_async.msg:  # looked up each time, as the function does
-            assertion = f"{self.program.value(torch)}._assert_async"
-            self.program.line(f"{assertion}({self._listed(step.args)})")
-            return
         products = (aten.mm.out, aten.mm.default)
         name = self.program.value(torch.mm if function in products else function._op)
         named = [f"{k}={self._written(v)}" for k, v in step.kwargs.items()]

@@ -34,12 +34,14 @@ class Case(NamedTuple):
             integer known to be divisible by 16.
         constants: the constexpr arguments.
         warps: the number of warps.
+        options: other options of the compiler.
     """
 
     kernel: str
     types: dict[str, str]
     constants: dict[str, Any]
     warps: int = 4
+    options: tuple[tuple[str, bool], ...] = ()
 
 
 def assert_compiles(cases: list[Case], targets: tuple[str, ...] = tuple(TARGETS)) -> None:
@@ -82,9 +84,10 @@ def spilled(case: Case, target: str) -> int:
                 divisible[(at,)] = [["tt.divisibility", 16]]
     signature = {k: signature[k] for k in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs=case.constants, attrs=divisible)
-    built = triton.compile(
-        source, target=GPUTarget(*TARGETS[target]), options={"num_warps": case.warps}
-    )
+    options = {"num_warps": case.warps} | dict(case.options)
+    built = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    if ("debug", True) in case.options:
+        assert "assertfail" in built.asm.get("ptx", "assertfail"), f"{case.kernel} asserts nothing"
     if target.startswith("gfx"):
         counts = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", built.asm["amdgcn"])
         return 4 * sum(map(int, counts))

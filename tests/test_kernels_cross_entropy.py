@@ -294,10 +294,11 @@ def compiled_cases() -> list[Case]:
         name = module + "cross_entropy_backward"
         cases.append(Case(name, types, flags | {"BLOCK": 2048}, 4 if lanes == 4 else 2))
     types = labels | ints | {"losses_ptr": wide, "denominator_ptr": "*i64:16", "rows": "i32"}
-    types |= {"loss_ptr": "*fp32:16", "factor_ptr": wide, "good_ptr": "*i32:16", "unit": "fp32"}
+    types |= {"loss_ptr": "*fp32:16", "factor_ptr": wide, "unit": "fp32"}
     del types["row_step"]
     flags = {"REDUCE": True, "MEAN": True, "DIVIDED": True, "BLOCK": 2048}
-    cases.append(Case(module + "cross_entropy_reduce", types, flags, 8))
+    asserting = (("debug", True), ("sanitize_overflow", False))
+    cases.append(Case(module + "cross_entropy_reduce", types, flags, 8, asserting))
     types = {"saved_ptr": "*fp32:16", "dloss_ptr": "*fp32:16", "factor_ptr": wide}
     types |= {"out_ptr": "*bf16:16", "elements": "i64:16"}
     cases.append(Case(module + "scale_to", types, {"BLOCK": 2048}, 4))
