@@ -42,6 +42,13 @@ def parse(budget: str | float, memory: int) -> int:
     return int(budget)
 
 
+def is_size(budget: str | float) -> bool:
+    """Whether it names an amount of memory, and not what the device has or a share of that."""
+    if isinstance(budget, str):
+        return budget.strip().lower() != "auto" and "%" not in budget
+    return not (isinstance(budget, float) and budget <= 1.0)
+
+
 def _text(budget: str, memory: int) -> int:
     text = budget.strip().lower()
     if text == "auto":

@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fusewright.compiler.partition import Asked
+from fusewright.compiler.planning.budget import is_size
 from fusewright.compiler.planning.devices import Device
 from fusewright.compiler.planning.price import at_hints
 from fusewright.compiler.records import GraphRecord
@@ -62,7 +63,8 @@ class Memory:
         """
         sizes = _sizes(tree_leaves(given))
         if sizes is not None and not self._failed:
-            self._plan_for(sizes, bool(getattr(module, "gradient_checkpointing", False)))
+            asked = bool(getattr(module, "gradient_checkpointing", False))
+            self._plan_for(sizes, asked and not is_size(self.budget))
         return None if self.plan is None else self._way(path)
 
     def _way(self, path: str) -> Way | None:
