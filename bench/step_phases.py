@@ -253,4 +253,4 @@ def finish(job: Job, work: Work, anchor: Job) -> None:
         row["issue_ms"] = statistics.median(issued)
         row["peak_gib"] = max(turn["peak_gib"] for turn in job.turns)
     if "profile" in row:
-        row["idle"] = 1 - row["profile"]["busy_ms"] / row["ms"]
+        row["idle"] = row["profile"]["idle"]

@@ -32,6 +32,8 @@ _WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
 # Ranges that the profiler mirrors on the GPU's timeline: no kernels.
 _RANGES = ("##", "ProfilerStep", "Optimizer.", "Torch-Compiled", "Lock", "aten::", "autograd::")
 
+_MARK, _IN_A_ROW = "spin_kernel", 4  # torch.cuda._sleep's, between two steps
+
 Event = tuple[int, int, str]  # start in ns, duration in ns, name
 
 
@@ -71,9 +73,10 @@ def gaps(events: Sequence[Event]) -> list[list[Any]]:
     return [[a, b, round(ns / 1e6, 3), count] for (a, b), (ns, count) in ranked]
 
 
-def summary(events: Sequence[Event]) -> dict[str, Any]:
+def summary(events: Sequence[Event], began: int) -> dict[str, Any]:
     """Milliseconds by class, busy time, launches, and the kernels that take the most time.
 
+    ``began`` is the nanosecond from which on the step could run: what nothing runs in is ``idle``.
     ``top`` lists [name, class, milliseconds, launches, microseconds a launch].
     """
     kinds: dict[str, int] = defaultdict(int)
@@ -84,9 +87,11 @@ def summary(events: Sequence[Event]) -> dict[str, Any]:
         names[name][1] += 1
     top = sorted(names.items(), key=lambda item: -item[1][0])[:TOP]
     whole = sum(kinds.values()) or 1
+    span = max(s + d for s, d, _ in events) - began
     return {
         "busy_ms": round(busy(events) / 1e6, 3),
-        "span_ms": round((max(s + d for s, d, _ in events) - min(events)[0]) / 1e6, 3),
+        "span_ms": round(span / 1e6, 3),
+        "idle": round(1 - busy(events) / span, 4),
         "gaps": gaps(events),
         "kernels": len(events),
         "launches": sum("memcpy" not in n.lower() and "memset" not in n.lower()
@@ -100,13 +105,26 @@ def summary(events: Sequence[Event]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def last_step(events: Sequence[Event]) -> tuple[list[Event], int]:
+    """The events of the last step, and the nanosecond at which the step before it had ended."""
+    marks = sorted(start + duration for start, duration, name in events if _MARK in name)
+    began = marks[-2] if len(marks) > 1 else min(events)[0]
+    return [e for e in events if e[0] >= began and _MARK not in e[2]], began
+
+
 def profile_step(step: Callable[[], Any]) -> dict[str, Any]:
-    """Run one step under the profiler, the GPU's side alone unless that records nothing."""
+    """Run steps in a row under the profiler and tell of the last one, as it is in training.
+
+    One step by itself would begin with a GPU that waits for the host, at other clocks. The GPU's side
+    alone is recorded, unless that records nothing.
+    """
     for activities in ([ProfilerActivity.CUDA], [ProfilerActivity.CUDA, ProfilerActivity.CPU]):
         step()
         torch.cuda.synchronize()
         with profile(activities=activities) as record:
-            step()
+            for _ in range(_IN_A_ROW):
+                step()
+                torch.cuda._sleep(1)
             torch.cuda.synchronize()
         events = [
             (e.start_ns(), e.duration_ns(), e.name())
@@ -116,5 +134,5 @@ def profile_step(step: Callable[[], Any]) -> dict[str, Any]:
             and not e.name().startswith(_RANGES)
         ]
         if events:
-            return summary(events)
+            return summary(*last_step(events))
     raise RuntimeError("the profiler recorded no kernel")

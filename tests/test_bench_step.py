@@ -108,11 +108,20 @@ def test_overlapping_kernels_are_busy_once() -> None:
     profile = _module("step_profile")
     events = [(0, 1_000_000, "norm_forward"), (500_000, 1_000_000, "Memcpy DtoH"),
               (3_000_000, 1_000_000, "nvjet")]  # fmt: skip
-    out = profile.summary(events)
+    out = profile.summary(events, -1_000_000)
+    assert out["idle"] == pytest.approx(0.5) and out["span_ms"] == pytest.approx(5.0)
     assert out["busy_ms"] == pytest.approx(2.5)
     assert out["kernels"] == 3 and out["launches"] == 2
     assert out["class_ms"]["gemm"] == pytest.approx(1.0)
     assert sum(out["share"].values()) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_the_last_of_several_steps_is_told_of() -> None:
+    profile = _module("step_profile")
+    steps = [[(t, 40, "nvjet"), (t + 50, 20, "norm_forward"), (t + 75, 5, "spin_kernel(long)")]
+             for t in (0, 100, 205)]  # fmt: skip
+    events, began = profile.last_step([e for step in reversed(steps) for e in step])
+    assert began == 180 and sorted(events) == steps[-1][:2]
 
 
 def test_groups_fit_and_share_ours() -> None:
@@ -166,7 +175,7 @@ def test_a_plot_and_two_profiles_from_a_result(tmp_path: Path) -> None:
     rows = [
         {"work": "W1", "peer": p, "ms": ms, "ms_min": ms - 1, "ms_max": ms + 2, "anchor_ms": 80.0,
          "tokens_s": 8192 / ms * 1e3, "losses": [12.0] * 13, "loss_first": 12.0,
-         "profile": _module("step_profile").summary([(0, 1000, "nvjet")])}
+         "profile": _module("step_profile").summary([(0, 1000, "nvjet")], 0)}
         for p, ms in (("eager", 150.0), ("liger", 110.0), ("ours", 80.0))
     ]  # fmt: skip
     result = {"rows": rows, "floors": {"W1": {"floor_ms": 67.0, "gemm_ms": 56.0, "adamw_ms": 0.0,
