@@ -19,8 +19,9 @@ Backward, with p_j = exp(z_j - lse) and w_i = dloss factor (dloss_i for "none"):
     dlogits_j = dz_j scale (1 - (z_j / c)^2)
 For the label p_y - 1 is expm1(z_y - lse), so nothing cancels as p_y goes to 1; it is computed in
 float64, once a row. For the others the rounding of z_j - lse, which exp would turn into a relative
-error of |log p_j| ulps, is put back to first order. lse is kept in float64 because in float32 its
-own rounding, relative to z_y - lse, would be that cancellation.
+error of |log p_j| ulps, is put back to first order by the kernels; the reference takes a softmax,
+where z_j - m is rounded once. lse is kept in float64 because in float32 its own rounding, relative
+to z_y - lse, would be that cancellation.
 
 Traffic: forward reads the logits once; backward reads them once and writes once.
 """
@@ -44,6 +45,7 @@ from fusewright.kernels.spec import OpSpec
 _Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 REDUCTIONS = ("mean", "sum", "none")
+_CACHED = 2**16  # numbers of a block of rows whose temporaries stay in a CPU core's cache
 
 
 class LossForm(NamedTuple):
@@ -102,10 +104,26 @@ def transform(logits: torch.Tensor, form: LossForm) -> torch.Tensor:
     return torch.tanh(z / form.softcap) * form.softcap if form.softcap > 0 else z
 
 
+def row_blocks(logits: torch.Tensor) -> list[slice]:
+    """Blocks of rows that are best worked on one after the other: a CPU's stay in its cache."""
+    rows, vocab = logits.shape
+    step = max(1, _CACHED // vocab) if logits.device.type == "cpu" else rows
+    return [slice(at, at + step) for at in range(0, rows, step)] or [slice(0, 0)]
+
+
 def row_loss(
     logits: torch.Tensor, labels: torch.Tensor, form: LossForm
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """loss (T,) and lse (T,), both in float64."""
+    parts = [block_loss(logits[rows], labels[rows], form) for rows in row_blocks(logits)]
+    losses, lse = zip(*parts, strict=True)
+    return torch.cat(losses), torch.cat(lse)
+
+
+def block_loss(
+    logits: torch.Tensor, labels: torch.Tensor, form: LossForm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``row_loss`` of rows that are worked on at once."""
     z = transform(logits, form)
     valid = labels != form.ignore_index
     top = z.amax(-1)
@@ -121,13 +139,6 @@ def row_loss(
     return torch.where(valid, loss, 0.0), lse
 
 
-def two_difference(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """a - b rounded, and what the rounding lost (D. Knuth's exact sum)."""
-    d = a - b
-    of_b = a - d
-    return d, (a - (d + of_b)) + (of_b - b)
-
-
 def row_grad(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -135,7 +146,22 @@ def row_grad(
     weight: torch.Tensor,
     form: LossForm,
 ) -> torch.Tensor:
-    """dlogits (T, V) in the dtype of computation; ``weight`` () or (T,) multiplies every row."""
+    """dlogits (T, V) in the logits' dtype; ``weight`` () or (T,) multiplies every row."""
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    weight = weight.expand(labels.shape)
+    for rows in row_blocks(logits):
+        out[rows] = block_grad(logits[rows], labels[rows], lse[rows], weight[rows], form)
+    return out
+
+
+def block_grad(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    lse: torch.Tensor,
+    weight: torch.Tensor,
+    form: LossForm,
+) -> torch.Tensor:
+    """``row_grad`` of rows that are worked on at once, in the dtype of computation."""
     z = transform(logits, form)
     vocab = z.shape[1]
     valid = labels != form.ignore_index
@@ -143,18 +169,16 @@ def row_grad(
     lse = lse[:, None]
     weight = torch.where(valid, weight.double(), 0.0)[:, None]
     pull = 1.0 + 2.0 * form.z_loss * lse
-    high = lse.to(z.dtype)
-    t, lost = two_difference(z, high)
-    p = torch.exp(t)
-    p = p + p * torch.where(p > 0, lost, 0.0)
-    shared = pull * weight * torch.exp(high.double() - lse)
-    dz = p * shared.to(z.dtype) - (weight * (form.label_smoothing / vocab)).to(z.dtype)
+    dz = torch.softmax(z, -1)  # rounds z - max, where exp(z - lse) would round twice
+    dz.mul_((pull * weight).to(z.dtype))
+    if form.label_smoothing > 0:
+        dz -= (weight * (form.label_smoothing / vocab)).to(z.dtype)
     # The label's entry, one a row, in float64: most of a row's gradient is there.
     log_p = z.gather(1, index).double() - lse
     at_label = torch.expm1(log_p) + form.label_smoothing - form.label_smoothing / vocab
     at_label = at_label + torch.exp(log_p) * (pull - 1.0)
-    dz = dz.scatter(1, index, (weight * at_label).to(z.dtype))
-    dz = torch.where(valid[:, None], dz, 0.0)
+    dz.scatter_(1, index, (weight * at_label).to(z.dtype))
+    dz.masked_fill_(~valid[:, None], 0.0)
     if form.softcap > 0:
         dz = dz * (1.0 - (z / form.softcap) ** 2)
     return dz * form.scale if form.scale != 1.0 else dz
@@ -211,7 +235,7 @@ def reference_bwd(
     if not need_logits:
         return absent(logits)
     form = LossForm(ignore_index, label_smoothing, softcap, scale, z_loss)
-    return row_grad(logits, labels, lse, dloss.double() * factor, form).to(logits.dtype)
+    return row_grad(logits, labels, lse, dloss.double() * factor, form)
 
 
 def triton_fwd(

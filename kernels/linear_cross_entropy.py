@@ -43,10 +43,11 @@ import torch
 
 from fusewright.kernels.cross_entropy import (
     LossForm,
+    block_grad,
+    block_loss,
     check_loss,
     check_range,
-    row_grad,
-    row_loss,
+    row_blocks,
 )
 from fusewright.kernels.cross_entropy_launch import (
     launch_in_place,
@@ -180,14 +181,27 @@ def _reference_chunks(
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)
         logits = torch.nn.functional.linear(x[rows], weight, bias)
-        losses, lse = row_loss(logits, labels[rows], form)
-        total += losses.sum()
-        if need_x or need_weight or need_bias:
-            d = row_grad(logits, labels[rows], lse, unit, form).to(x.dtype)
-            grads.add(d, x, weight, rows)
+        wanted = need_x or need_weight or need_bias
+        total += _loss_and_gradient(logits, labels[rows], unit if wanted else None, form)
+        if wanted:
+            grads.add(logits, x, weight, rows)
     divisor = normaliser(labels, denominator, form.ignore_index, reduction)
     loss, factor = finish(total, divisor, up, reduction)
     return loss.to(wide), *grads.results(x), factor
+
+
+def _loss_and_gradient(
+    logits: torch.Tensor, labels: torch.Tensor, unit: torch.Tensor | None, form: LossForm
+) -> torch.Tensor:
+    """The rows' losses added up; the logits are overwritten with ``unit`` d(logits), if given."""
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for rows in row_blocks(logits):
+        z, y = logits[rows], labels[rows]
+        losses, lse = block_loss(z, y, form)
+        total += losses.sum()
+        if unit is not None:
+            z.copy_(block_grad(z, y, lse, unit, form))
+    return total
 
 
 def finish(

@@ -69,8 +69,8 @@ def test_value_and_gradcheck(reduction, form, small_chunks) -> None:
 
 
 def test_a_wrong_sign_fails_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = family.row_grad
-    monkeypatch.setattr(family, "row_grad", lambda *a: -right(*a))
+    right = family.block_grad
+    monkeypatch.setattr(family, "block_grad", lambda *a: -right(*a))
     x, weight, _, labels = problem(4, 3, 5, torch.float64)
     with pytest.raises(RuntimeError, match="Jacobian mismatch"):
         torch.autograd.gradcheck(
@@ -160,7 +160,7 @@ def test_frozen_inputs_cost_nothing_and_backward_repeats(monkeypatch: pytest.Mon
     (first,) = torch.autograd.grad(loss, x, retain_graph=True)
     (second,) = torch.autograd.grad(loss, x)
     assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
-    monkeypatch.setattr(family, "row_grad", None)  # no gradient asked for: none computed
+    monkeypatch.setattr(family, "block_grad", None)  # no gradient asked for: none computed
     with torch.no_grad():
         again = OP(x, weight, bias, labels, None, IGNORE, "mean", *PLAIN)
     assert torch.equal(again[0], loss) and again[1].shape == (0,)
