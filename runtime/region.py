@@ -149,8 +149,8 @@ class _Keeper:
         ctx.save_for_backward(*map(_owned, passing))
         ctx.rest = numbers, lasting, [t._version for t in lasting]
 
-    def kept(self, ctx: Any, *behind: Any) -> list[Any]:
-        saved, (numbers, lasting, versions) = ctx.saved_tensors, ctx.rest
+    def kept(self, ctx: Any, saved: Sequence[Any], *behind: Any) -> list[Any]:
+        numbers, lasting, versions = ctx.rest
         _unchanged(lasting, versions)
         return [*self.order((*numbers, *saved, *lasting, *behind))]
 
@@ -176,8 +176,8 @@ def joined(
     """
     given, read = _Keeper(layout.given), _Keeper(layout.read)
 
-    def again(ctx: Any, *ups: Any) -> list[Any]:
-        args = given.kept(ctx)
+    def again(ctx: Any, saved: Sequence[Any], *ups: Any) -> list[Any]:
+        args = given.kept(ctx, saved)
         ctx.maybe_clear_saved_tensors()
         autocast = torch._C._is_any_autocast_enabled()
         with torch._C._DisableAutocast() if autocast else nullcontext():
@@ -186,8 +186,8 @@ def joined(
             del args, made
         return read.put(pool, *ups)
 
-    def once(ctx: Any, *ups: Any) -> list[Any]:
-        args = read.kept(ctx, *ups)
+    def once(ctx: Any, saved: Sequence[Any], *ups: Any) -> list[Any]:
+        args = read.kept(ctx, saved, *ups)
         ctx.maybe_clear_saved_tensors()
         return args
 
@@ -199,7 +199,7 @@ def joined(
 
 
 def _function(forward: Call, backward: Call, layout: Layout, keep: Call, kept: Call) -> Call:
-    """One autograd function: ``kept(ctx, *tangents)`` gives the backward's arguments."""
+    """One autograd function: ``kept(ctx, saved, *tangents)`` gives the backward's arguments."""
     gradients_of, results = picker(layout.differentiable), layout.results
     tangents = tuple(zip(layout.tangents, layout.fits, strict=True))
     bare = torch._C.DisableTorchFunctionSubclass
@@ -209,9 +209,11 @@ def _function(forward: Call, backward: Call, layout: Layout, keep: Call, kept: C
             raise RuntimeError(_DETERMINISTIC)
         if layout.donated and torch._C._autograd._get_current_graph_task_keep_graph():
             raise RuntimeError(_DONATED)
+        # Hooks on what was kept run others' code (a checkpoint's recompute), in the state it began in.
+        saved = ctx.saved_tensors
         with bare():
-            args = kept(ctx, *[fit(grads[at]) for at, fit in tangents])
-            del grads
+            args = kept(ctx, saved, *[fit(grads[at]) for at, fit in tangents])
+            del grads, saved
             return (None, *gradients_of(backward(args)))
 
     class Region(torch.autograd.Function):

@@ -186,6 +186,24 @@ def test_halves_as_one_function(way: int) -> None:
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("way", [0, 1], ids=["kept", "run again"])
+def test_hooks_on_what_is_kept_run_in_the_backward_s_own_state(way: int) -> None:
+    """A checkpoint's recompute is such a hook: compiled code is guarded on torch functions being on."""
+    forward, backward, layout = _halves()
+    run = joined(forward, backward, layout)[way]
+    x, w = torch.randn(3, 4, requires_grad=True), torch.randn(4, requires_grad=True)
+    states = []
+
+    def unpack(t: torch.Tensor) -> torch.Tensor:
+        states.append(torch._C._is_torch_function_enabled())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        y, _ = run((x, w, 3))
+    y.sum().backward()
+    assert states and all(states)
+
+
 def test_what_is_written_over_runs_once() -> None:
     forward, backward, layout = _halves()
     once, again = joined(forward, backward, layout._replace(donated=True))
