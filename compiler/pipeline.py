@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -293,8 +294,10 @@ def _verified(
 
     def first(*args: Any) -> Any:
         if not chosen:
-            now = known.wanted(args)
-            if now not in before.verdicts:
+            now, repeated = known.wanted(args), session.of_the_forward()
+            if repeated is not None:
+                record.verdict = replace(repeated.verdict)
+            elif now not in before.verdicts:
                 with _timed(record, "verify"), lower.autocast_off(device), unseen_by_checkpoints():
                     found = verify(canonical, rewritten, args, plain)
                 before.verdicts |= {w: v for w, v in found.items() if v.status == "accepted"}

@@ -288,6 +288,16 @@ class Session:
         before = [r.partitioned for r in self.current.get(self._running, ()) if r.partitioned]
         return before[-1].level if before else None
 
+    def of_the_forward(self) -> GraphRecord | None:
+        """Within a recompute, the forward pass's graph that the one running now repeats; else None.
+
+        What was decided of it holds: rewritten and as captured do not save the same.
+        """
+        before, at = self.current.get(self._running, []), len(self._ran) - 1
+        if torch._C._current_graph_task_id() == -1 or not 0 <= at < len(before):
+            return None
+        return before[at]
+
     def entering(self, path: str) -> None:
         """What runs next is the region at ``path``."""
         self._running, self._ran = path, []

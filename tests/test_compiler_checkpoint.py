@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fusewright
+from fusewright.compiler import known, pipeline
+from fusewright.compiler.records import Verdict
 
 
 class _Norm(nn.Module):
@@ -106,3 +110,27 @@ def test_a_recompute_that_is_compiled_anew_saves_what_the_forward_saved() -> Non
             grads.append(torch.autograd.grad(loss, list(model.parameters())))
         for mine, theirs in zip(*grads, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_recompute_that_is_compiled_anew_is_not_judged_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What would be refused there has run in the forward pass, and the two must save the same."""
+    judged: list[bool] = []
+
+    def verify(canonical: Any, rewritten: Any, args: Any, plain: Any) -> Any:
+        recomputes = torch._C._current_graph_task_id() != -1
+        judged.append(recomputes)
+        verdict = Verdict("reverted" if recomputes else "accepted")
+        return {wanted: replace(verdict) for wanted in known.variants(canonical, args)}
+
+    monkeypatch.setattr(pipeline, "verify", verify)
+    monkeypatch.setattr(known, "fingerprint", lambda *_: None)  # each graph is unlike any before
+    ours = fusewright.optimize(_SharingModel(), lowering="fx")
+    for checkpointing in (False, True):
+        for layer in ours.layers:
+            layer.gradient_checkpointing = checkpointing
+        captured = len(fusewright.report(ours).regions)
+        ours(torch.randint(0, 50, (2, 9))).square().mean().backward()
+    assert len(fusewright.report(ours).regions) > captured
+    assert judged and not any(judged)
