@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("types", nargs="*", help="model types; all that have no line yet if none")
     parser.add_argument("--modes", nargs="+", default=None)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds a type and mode")
+    parser.add_argument("--limit", type=float, default=400.0, help="seconds a type and mode")
     parser.add_argument("--table", action="store_true", help="only write the table")
     given = parser.parse_args()
     import zoo_table

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import math
 import re
-import statistics
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -22,13 +21,13 @@ import torch
 import training
 import zoo_census
 import zoo_configs
+from zoo_exact import NotTrainable, against_float64, bfloat16, brief
 
 import fusewright
 from fusewright.compiler import driver
 
 STEPS, RATE = 3, 0.01
 TOLERANCE = 1e-5
-SEEDS, MORE_SEEDS, RATIO, AMPLIFIED = 4, 16, 1.02, 1.1
 MODES = ("fp32", "fp32+lora", "bf16", "bf16+lora")
 
 # Which of the census's families a pattern's rewrites belong to, by the pattern's name.
@@ -39,10 +38,6 @@ FAMILY = {
     "cross_entropy": "loss", "linear_cross_entropy": "loss", "log_probabilities": "loss",
     "qk_norm_rope": "norm",
 }  # fmt: skip
-
-
-class NotTrainable(Exception):
-    """Eager itself does not train this type here; the message says why."""
 
 
 def run(name: str, modes: Iterable[str] = MODES) -> dict[str, Any]:
@@ -69,13 +64,13 @@ def _trainable(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
     try:
         model = zoo_configs.build(name)
     except zoo_configs.FAILURES as error:
-        raise NotTrainable(f"not built: {_brief(error)}") from error
+        raise NotTrainable(f"not built: {brief(error)}") from error
     failures = []
     for batch in _batches(model):
         try:
             step = training.train_step(model, batch)
         except zoo_configs.FAILURES as error:
-            failures.append(_brief(error))
+            failures.append(brief(error))
             continue
         if math.isfinite(float(step.loss)) and step.grads:
             return model, batch
@@ -88,8 +83,20 @@ def _batches(model: Any, seed: int = 0) -> list[dict[str, torch.Tensor]]:
     return [full, {k: v for k, v in full.items() if k != "attention_mask"}]
 
 
-def _batch(like: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in models.batch(seed).items() if k in like}
+def of_mode(name: str, mode: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The type's eager model in a mode, which has not run yet, and a batch on which it trains."""
+    model, batch = _trainable(name)
+    return _built(name, mode, zoo_census.take(model, lambda: model(**batch))), batch
+
+
+def _built(name: str, mode: str, census: zoo_census.Census) -> Any:
+    """Built anew: a forward pass may leave state behind that cannot be copied."""
+    full = mode.startswith("fp32")
+    dtype = torch.float32 if full else torch.bfloat16
+    model = zoo_configs.build(name, dtype, every_expert=not full)
+    if mode.endswith("+lora"):
+        return _with_lora(model, census.linears, 0.05 if full else 0.0)
+    return model
 
 
 def _mode(
@@ -100,21 +107,17 @@ def _mode(
 ) -> dict[str, Any]:
     full = mode.startswith("fp32")
     try:
-        # Built anew: a forward pass may leave state behind that cannot be copied.
-        dtype = torch.float32 if full else torch.bfloat16
-        eager = zoo_configs.build(name, dtype, every_expert=not full)
-        if mode.endswith("+lora"):
-            eager = _with_lora(eager, census.linears, 0.05 if full else 0.0)
+        eager = _built(name, mode, census)
         # Both are new at their first step: it may build modules, and that draws random numbers.
         ours = copy.deepcopy(eager)
         training.train_step(copy.deepcopy(eager), batch)
     except (NotTrainable, *zoo_configs.FAILURES) as error:
         # PEFT refuses some types, bf16 others: eager's own failure.
-        return {"status": "eager does not train", "reason": _brief(error)}
+        return {"status": "eager does not train", "reason": brief(error)}
     try:
         fusewright.optimize(ours, lowering="fx")
     except zoo_configs.FAILURES as error:  # the sweep goes on; the table names it as broken
-        return {"status": "broken", "reason": f"optimize: {_brief(error)}"}
+        return {"status": "broken", "reason": f"optimize: {brief(error)}"}
     row: dict[str, Any] = {}
     for checkpointing in (False, True):
         key = "gc" if checkpointing else "plain"
@@ -125,14 +128,14 @@ def _mode(
             if checkpointing:
                 training.train_step(eager, batch)
         except zoo_configs.FAILURES as error:
-            row[key] = {"status": "eager does not train", "reason": _brief(error)}
+            row[key] = {"status": "eager does not train", "reason": brief(error)}
             continue
         try:
-            measured = _float32(eager, ours, batch) if full else _bfloat16(eager, ours, batch)
+            measured = _float32(eager, ours, batch) if full else bfloat16(eager, ours, batch)
         except NotTrainable as error:
             measured = {"status": "eager does not train", "reason": str(error)}
         except zoo_configs.FAILURES as error:
-            measured = {"status": "broken", "reason": _brief(error)}
+            measured = {"status": "broken", "reason": brief(error)}
         row[key] = measured
         if not checkpointing:
             row |= _coverage(ours, census)
@@ -193,51 +196,8 @@ def _float32(eager: Any, ours: Any, batch: dict[str, torch.Tensor]) -> dict[str,
     row["status"] = "same" if same else "differs"
     if not same and errors["loss"] <= TOLERANCE:
         # The model itself may amplify float32's rounding; float64 tells who is further off.
-        row |= _against_float64(ours, eager, batch)
+        row |= against_float64(ours, eager, batch)
     return row
-
-
-def _against_float64(ours: Any, eager: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Errors against float64 over batches; the median ratio, since one may turn a choice over."""
-    ratios: list[float] = []
-    for seeds in (range(SEEDS), range(SEEDS, MORE_SEEDS)):
-        try:
-            ratios += [_exactness([t]).ratio for t in _triples(ours, eager, batch, seeds)]
-        except (NotTrainable, *zoo_configs.FAILURES) as error:
-            return {"float64": _brief(error)}
-        middle = statistics.median(ratios)
-        if middle <= AMPLIFIED:
-            break
-    status = "same" if middle <= AMPLIFIED else "differs"
-    return {"median_ratio": middle, "batches": len(ratios), "status": status, "amplified": True}
-
-
-def _triples(
-    ours: Any, eager: Any, batch: dict[str, torch.Tensor], seeds: Iterable[int]
-) -> list[tuple[training.Step, training.Step, training.Step]]:
-    found = []
-    for seed in seeds:
-        drawn = _batch(batch, seed)
-        mine, theirs = training.train_step(ours, drawn), training.train_step(eager, drawn)
-        if not all(t.isfinite().all() for t in (theirs.loss, *theirs.grads.values())):
-            raise NotTrainable("eager's loss or gradients are not finite in bfloat16")
-        _let_go(eager)
-        try:
-            exact = training.oracle_step(eager, drawn)
-        except zoo_configs.FAILURES as error:
-            raise NotTrainable(f"eager does not run in float64: {_brief(error)}") from error
-        if not all(t.isfinite().all() for t in (exact.loss, *exact.grads.values())):
-            raise NotTrainable("eager's loss or gradients are not finite in float64")
-        found.append((mine, theirs, exact))
-    return found
-
-
-def _let_go(model: Any) -> None:
-    """Cut what a forward pass has left on its modules off its graph: such tensors cannot be copied."""
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
-                setattr(module, name, value.detach())
 
 
 def _train(model: Any, batch: dict[str, torch.Tensor]) -> tuple[training.Step, list[float]]:
@@ -253,42 +213,6 @@ def _train(model: Any, batch: dict[str, torch.Tensor]) -> tuple[training.Step, l
         losses.append(float(loss.detach()))
     optimizer.zero_grad()
     return first, losses
-
-
-def _bfloat16(eager: Any, ours: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Mean errors against float64 over batches; more of them where the first few are not clear."""
-    triples: list[Any] = []
-    for seeds in (range(SEEDS), range(SEEDS, MORE_SEEDS)):
-        triples += _triples(ours, eager, batch, seeds)
-        measured = _exactness(triples)
-        if measured.ratio <= RATIO:
-            break
-    status = "same" if measured.ratio <= RATIO else "differs"
-    return {
-        "status": status, "ours": measured.ours, "eager": measured.eager,
-        "ratio": measured.ratio, "batches": len(triples),
-    }  # fmt: skip
-
-
-def _exactness(
-    triples: list[tuple[training.Step, training.Step, training.Step]],
-) -> training.Exactness:
-    """The whole model's measure, less the gradients of which eager has no digit right.
-
-    Those are zero in exact arithmetic or all but cancelled, and their rounding would drown the rest.
-    """
-    errors: tuple[list[float], list[float]] = [], []
-    for mine, theirs, exact in triples:
-        own, eager = (training.relative_errors(step, exact) for step in (mine, theirs))
-        meant = [n for n, e in eager.items() if n == "loss" or _has_digits(theirs, exact, n)]
-        errors[0].append(sum(own[n] for n in meant) / max(len(meant), 1))
-        errors[1].append(sum(eager[n] for n in meant) / max(len(meant), 1))
-    return training.Exactness(*(sum(e) / len(e) for e in errors))
-
-
-def _has_digits(eager: training.Step, exact: training.Step, name: str) -> bool:
-    wanted = exact.grads[name].double()
-    return float((eager.grads[name].double() - wanted).norm()) < 0.1 * float(wanted.norm())
 
 
 def _coverage(ours: Any, census: zoo_census.Census) -> dict[str, Any]:
@@ -365,8 +289,3 @@ def _uncovered(census: zoo_census.Census, fired: dict[str, Counter[str]]) -> dic
 
 def _tail(source: str) -> str:
     return source.rpartition("/")[2]
-
-
-def _brief(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
