@@ -124,7 +124,8 @@ def cut_inputs(graph: fx.GraphModule, args: Sequence[Any]) -> list[Any]:
     for node, real in zip(placeholders, args, strict=True):
         val = ir.value(node)
         if isinstance(val, torch.SymInt):
-            out.append(_size(val, sizes))
+            # One that nobody reads may be a stride, of what is a slice of a larger tensor.
+            out.append(_size(val, sizes) if node.users else real)
         elif isinstance(val, torch.Tensor) and isinstance(real, torch.Tensor):
             piece = real.detach()
             for dim, symbolic in enumerate(val.shape):

@@ -125,6 +125,14 @@ def test_what_only_the_second_layer_needs_is_verified() -> None:
     assert second.verdict.status == "reverted" and second.verdict.reason
 
 
+def test_a_slice_of_a_larger_tensor_is_verified() -> None:
+    """Its stride is a size of none of the inputs' shapes."""
+    compiled = compile_one(_norm, verify="first_step")
+    compiled.run(rows(2, 5, 3, 16)[:, :, 1], perturbed(16))
+    (record,) = compiled.session.records
+    assert record.verdict.status == "accepted", record.verdict.reason
+
+
 def _noisy(exact: torch.Tensor, size: float, seed: int) -> torch.Tensor:
     noise = torch.randn(exact.shape, generator=torch.Generator().manual_seed(seed))
     return exact + size * exact.norm() * noise / noise.norm()
