@@ -11,11 +11,12 @@ import torch
 from graphs import compile_one, perturbed, rows
 from torch import fx
 
+from fusewright.compiler import verify
 from fusewright.compiler.pipeline import CompileError
 from fusewright.compiler.prove import Candidate
 from fusewright.compiler.records import Verdict
 from fusewright.compiler.rewrite import call
-from fusewright.compiler.verify import _judge
+from fusewright.compiler.verify import _errors, _judge
 from fusewright.patterns.rms_norm import RMSNorm
 
 
@@ -133,6 +134,28 @@ def test_a_slice_of_a_larger_tensor_is_verified() -> None:
     assert record.verdict.status == "accepted", record.verdict.reason
 
 
+@pytest.mark.parametrize(("later", "status"), [(0.02, "accepted"), (0.023, "reverted")])
+def test_where_one_rounding_refuses_eight_decide(
+    later: float, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On inputs moved by about a last place: what is wrong is wrong in all of them."""
+    seen: list[torch.Tensor] = []
+
+    def errors(exact: Any, eager: Any, ours: Any) -> dict[int, tuple[float, float]]:
+        seen.append(exact[0])
+        return {0: (later if len(seen) > 1 else 0.03, 0.02)}
+
+    monkeypatch.setattr(verify, "_errors", errors)
+    compiled = compile_one(_norm, verify="first_step", strict=False)
+    compiled.run(rows(2, 5, 16).bfloat16(), perturbed(16).bfloat16())
+    (record,) = compiled.session.records
+    assert record.verdict.status == status, record.verdict
+    first, *others = seen[:8]
+    assert len(others) == 7 and not any(torch.equal(first, o) for o in others)
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=0.1, atol=0.1)
+
+
 def _noisy(exact: torch.Tensor, size: float, seed: int) -> torch.Tensor:
     noise = torch.randn(exact.shape, generator=torch.Generator().manual_seed(seed))
     return exact + size * exact.norm() * noise / noise.norm()
@@ -144,7 +167,8 @@ def _judged(exact: list[torch.Tensor], eager: list[float], ours: list[float]) ->
         [_noisy(x, size, seed) for x, size in zip(exact, sizes, strict=True)]
         for seed, sizes in ((1, eager), (2, ours))
     ]
-    return _judge(list(exact), list(made[0]), list(made[1]), torch.finfo(torch.bfloat16).eps)
+    errors = _errors(list(exact), list(made[0]), list(made[1]))
+    return _judge([errors], torch.finfo(torch.bfloat16).eps)
 
 
 def test_a_gradient_that_is_only_rounding_does_not_decide() -> None:
