@@ -20,9 +20,9 @@ import zoo_configs
 
 SEEDS, MORE_SEEDS, RATIO, AMPLIFIED = 4, 16, 1.02, 1.1
 DIGIT = 0.1  # relative error of a gradient with one digit right
-# Of the batches that are taken where the first are not clear: those that share a draw of weights, the
-# least and the most of them; and the two standard errors of the ratio's logarithm: as wanted, as needed.
-DRAW, LEAST, MOST = 16, 32, 384
+# Of the batches that are taken where the first are not clear, the least and the most of them; and the
+# two standard errors of the ratio's logarithm: as wanted, as needed.
+LEAST, MOST = 32, 384
 WANTED, NEEDED = 0.02, 0.05
 
 Batch = dict[str, torch.Tensor]
@@ -99,31 +99,32 @@ def looked_again(eager: Any, ours: Any, batch: Batch, spread: float) -> Noise:
     """The ratio over batches that no judgement has seen, on several draws of the weights.
 
     Those that gave rise to the look are left out: they were chosen for being bad. How many there are
-    follows from ``spread`` alone, the standard deviation of the logarithm, not from what they give.
+    follows from ``spread``, the standard deviation of the logarithm, and not from what they give.
     """
     wanted = math.ceil((2 * spread / WANTED) ** 2)
     seeds = range(MORE_SEEDS, MORE_SEEDS + min(max(wanted, LEAST), MOST))
     logs: list[float] = []
-    for first, _ in redraws((eager, ours), seeds):
-        logs += map(_log_ratio, triples(ours, eager, batch, first))
+    for seed, _ in redraws((eager, ours), seeds):
+        logs += map(_log_ratio, triples(ours, eager, batch, [seed]))
     return Noise.of(logs)
 
 
 def redraws(
-    alike: tuple[Any, ...], seeds: range
-) -> Iterator[tuple[range, dict[str, torch.Tensor]]]:
-    """The seeds in groups, with another draw of these equal models' weights during each.
+    alike: tuple[Any, ...], seeds: Iterable[int]
+) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """The seeds, with another draw of these equal models' weights during each, and these weights.
 
-    A draw shuffles the entries of every matrix, so that it is distributed as the first one was.
+    A draw shuffles the entries of every matrix, so that it is distributed as the first one was. Batches
+    that shared one would not be independent: it decides where the model amplifies.
     """
     start = {n: p.detach().clone() for n, p in alike[0].named_parameters()}
     try:
-        for at in range(0, len(seeds), DRAW):
-            generator = torch.Generator().manual_seed(seeds[at])
-            weights = {n: _shuffled(p, generator) if at else p for n, p in start.items()}
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            weights = {n: _shuffled(p, generator) for n, p in start.items()}
             for model in alike:
                 put(model, weights)
-            yield seeds[at : at + DRAW], weights
+            yield seed, weights
     finally:
         for model in alike:
             put(model, start)

@@ -4,8 +4,8 @@
     python bench/zoo_noise.py gemma4_text --mode bf16+lora --batches 192
 
 For each batch the ratio of our mean error to eager's, both against float64, as the sweep measures it
-(bench/zoo_exact.py), on another draw of the weights every 16 batches; over the batches its geometric
-mean and two standard errors of it. Noise of rounding has an interval that holds 1; a fault has not.
+(bench/zoo_exact.py), each on another draw of the weights; over the batches its geometric mean and two
+standard errors of it. Noise of rounding has an interval that holds 1; a fault has not.
 
 Beside it the same of a control: eager itself, whose weights are moved by one last place or not at all,
 at random, against float64 with the same weights. It rounds otherwise and as often, so that its ratio is
@@ -38,16 +38,15 @@ def noise(name: str, mode: str, batches: int) -> tuple[Noise, Noise]:
     ours = fusewright.optimize(copy.deepcopy(eager), lowering="fx")
     other = copy.deepcopy(eager)
     logs: tuple[list[float], list[float]] = [], []
-    for seeds, weights in zoo_exact.redraws((eager, ours, other), range(batches)):
-        zoo_exact.put(other, {n: _moved(p, seeds[0]) for n, p in weights.items()})
-        for seed in seeds:
-            given = zoo_exact.drawn(batch, seed)
-            theirs, exact = zoo_exact.pair(eager, given)
-            second = training.relative_errors(*zoo_exact.pair(other, given))
-            first = training.relative_errors(training.train_step(ours, given), exact)
-            against = training.relative_errors(theirs, exact)
-            for log, errors in zip(logs, (first, second), strict=True):
-                log.append(math.log(zoo_exact.compared([(errors, against)]).ratio))
+    for seed, weights in zoo_exact.redraws((eager, ours, other), range(batches)):
+        zoo_exact.put(other, {n: _moved(p, seed) for n, p in weights.items()})
+        given = zoo_exact.drawn(batch, seed)
+        theirs, exact = zoo_exact.pair(eager, given)
+        second = training.relative_errors(*zoo_exact.pair(other, given))
+        first = training.relative_errors(training.train_step(ours, given), exact)
+        against = training.relative_errors(theirs, exact)
+        for log, errors in zip(logs, (first, second), strict=True):
+            log.append(math.log(zoo_exact.compared([(errors, against)]).ratio))
     return Noise.of(logs[0]), Noise.of(logs[1])
 
 
