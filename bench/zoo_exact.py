@@ -44,6 +44,8 @@ class Noise(NamedTuple):
     @classmethod
     def of(cls, logs: list[float]) -> Noise:
         """Of the ratios' logarithms."""
+        if not all(map(math.isfinite, logs)):
+            return cls(math.nan, math.nan, math.nan, len(logs))
         middle = statistics.mean(logs)
         error = 2 * statistics.stdev(logs) / math.sqrt(len(logs))
         return cls(*(math.exp(middle + e) for e in (0.0, -error, error)), len(logs))

@@ -38,9 +38,10 @@ class Float64(Quiet):
         if node.op == "placeholder":
             value = super().run_node(node)
             return value if _only_multiplied(node, value) else _widened(value)
-        if ir.is_call(node, aten.linear.default) and _is_narrow(self.env.get(node.args[1])):
+        if ir.is_call(node, aten.linear.default) and _is_narrow(self.env.get(ir.argument(node, 1))):
             x, weight, *bias = (self.env[a] if isinstance(a, fx.Node) else a for a in node.args)
-            product = _Product.apply(x, weight)
+            multiply: Any = _Product.apply
+            product = multiply(x, weight)
             return product if not bias or bias[0] is None else product + bias[0]
         return super().run_node(node)
 

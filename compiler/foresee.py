@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from fusewright.compiler import known, lower, verify
+from fusewright.compiler.exact import Quiet
 from fusewright.compiler.known import Wanted
 from fusewright.runtime.rehearsal import Rehearsal, start
 
@@ -56,7 +57,7 @@ def rehearse(
             rehearsal.run(graph.run, _stand_ins(inputs, wanted, rehearsal))
             if verified:
                 cut = verify.cut_inputs(canonical, inputs)
-                rehearsal.run(verify.Quiet(rewritten).run, _cut(cut, wanted, rehearsal))
+                rehearsal.run(Quiet(rewritten).run, _cut(cut, wanted, rehearsal))
     except Exception as error:
         # Fake tensors refuse in errors of any kind, and nothing depends on them.
         rehearsal.failures.append(f"{type(error).__name__}: {error}")
