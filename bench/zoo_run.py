@@ -131,7 +131,10 @@ def _mode(
             row[key] = {"status": "eager does not train", "reason": brief(error)}
             continue
         try:
-            measured = _float32(eager, ours, batch) if full else bfloat16(eager, ours, batch)
+            if full:
+                measured = _float32(eager, ours, batch)
+            else:
+                measured = bfloat16(eager, ours, batch, row.get("plain", {}))
         except NotTrainable as error:
             measured = {"status": "eager does not train", "reason": str(error)}
         except zoo_configs.FAILURES as error:
