@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import fusewright
 from fusewright import cli
 from fusewright.compiler import driver
-from fusewright.compiler.planning import budget, timeline
+from fusewright.compiler.planning import budget, observed, timeline
 from fusewright.compiler.planning.block import Measure
 from fusewright.compiler.planning.devices import DEVICES, UnknownDevice, describe
 from fusewright.compiler.planning.footing import Footing, Head
@@ -218,3 +218,11 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert picture.stat().st_size > 10_000
     nonsense = CliRunner().invoke(cli.app, [*question, "--budget", "much"])
     assert nonsense.exit_code == 2 and "not a size" in nonsense.stderr
+
+
+def test_what_the_environment_asks_to_verify_is_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model without its weights has no values that could be verified."""
+    monkeypatch.setenv("FUSEWRIGHT_VERIFY", "first_step")
+    bare = without_weights(adapted())
+    seen = observed.observe(bare, DEFAULT, text_inputs(bare)(ROWS, LENGTH))
+    assert seen.head is not None and not seen.missed
