@@ -95,8 +95,8 @@ class PlanSession(AbstractSession):
         Attention stands in them as one fused call.
         """
         for record in self.records:
-            if record.kind != "block" or record.rewritten is None:
-                continue
+            if record.kind != "block" or record.rewritten is None or not record.matches:
+                continue  # what was not rewritten runs as captured, however it is planned
             for wants in (False, True):
                 paths = sorted(p for p in record.modules if self.wanting.get(p, True) is wants)
                 if paths:
