@@ -151,7 +151,7 @@ class Planner:
         order = [path for path, _ in regions.find(model).blocks]
         owner = {path: b for b, paths in built for path in paths}
         self.blocks = [(path, owner[path]) for path in order if path in owner]
-        self.missed = seen.missed
+        self.missed, self.wishes = seen.missed, seen.wishes
         weight = getattr(model, "get_output_embeddings", lambda: None)()
         trained = weight is not None and any(p.requires_grad for p in weight.parameters())
         head = footing.head_of(seen.head, trained, traced)
