@@ -8,13 +8,17 @@ up over processes and threads, so that they may be more than the step took. A ke
 thread that launches it compiles it: nobody foresaw it. ``--late`` compiles nothing ahead, and
 ``--threads`` does it in threads of this process instead of others. ``--for-gpu 90 --tiny`` shows on a
 CPU what compiling ahead costs the step: the kernels that a GPU of that capability would launch are
-compiled beside a step on the CPU, which launches none.
+compiled beside a step on the CPU, which launches none. ``--memory-budget 0.3`` plans for a budget that
+lies so far between the least that holds the step and the most that it makes use of.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import dataclasses
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -113,6 +117,8 @@ def foresee_for(capability: int) -> None:
     room.serves = lambda *_: True
 
     def foreseeing(rewritten: Any, canonical: Any, inputs: Any, verified: bool, _: Any) -> int:
+        if any(isinstance(v, torch.Tensor) and v.is_meta for v in inputs):
+            return 0  # a memory plan's, that nothing launches
         reference, lora_products.thin.reference = lora_products.thin.reference, thin.thin
         try:
             found = foresee.rehearse(rewritten, canonical, inputs, verified)
@@ -126,26 +132,65 @@ def foresee_for(capability: int) -> None:
     beside.server(early._cores() - 1)  # as optimize does where there is a GPU
 
 
-def measure(
-    name: str, lowering: str, verify: str, tiny: bool, layers: int, capability: int
-) -> dict[str, Any]:
-    """One first step and two after it, in this process."""
+def trainee(given: argparse.Namespace, options: str) -> Any:
+    """The workload's model, its optimizer and its batch."""
     import torch
     from step_models import Trainee
     from step_work import workload
 
+    work = workload(given.work, given.tiny)
+    if given.layers:
+        work = replace(work, shape=work.shape | {"num_hidden_layers": given.layers})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    saved = Path(tempfile.mkdtemp()) / "saved"
+    return Trainee(work, f"ours:lowering={given.lowering}{options}", device, saved)
+
+
+def move_from_cpu() -> None:
+    """Plan on a CPU as on a GPU: values may be moved to the host's memory."""
+    from fusewright.compiler import driver
+
+    driver._where = lambda model, device: dataclasses.replace(device, host=25e9)
+
+
+def budget(given: argparse.Namespace) -> int:
+    """Bytes that lie ``given.memory_budget`` of the way from the least to the most, for a process of
+    its own: what it proves and imports is then not known to the step that is timed."""
+    import torch
+
+    from fusewright.compiler import driver
+    from fusewright.compiler.planning.timeline import needed
+
+    if not torch.cuda.is_available():
+        move_from_cpu()
+    made = trainee(given, ":memory_budget=90%")
+    made.forward_backward()
+    memory = driver._required(made.model).memory
+    assert memory is not None and memory.plan is not None and memory._planner is not None
+    least = memory.plan.table[-1].budget
+    most = needed(memory.plan.table[0].peak, memory._planner.footing)
+    return int(least + given.memory_budget * max(most - least, 0)) + 1
+
+
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    """One first step and two after it, in this process."""
+    import torch
+
     from fusewright.kernels import early
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    os.environ["FUSEWRIGHT_VERIFY"] = verify
+    os.environ["FUSEWRIGHT_VERIFY"] = given.verify
+    options = ""
+    if given.memory_budget is not None:
+        spawned = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawned) as other:
+            options = f":memory_budget={other.submit(budget, given).result()} B"
+        if device == "cpu":
+            move_from_cpu()
     started = time.perf_counter()
-    saved = Path(tempfile.mkdtemp()) / "saved"
-    work = workload(name, tiny)
-    if layers:
-        work = replace(work, shape=work.shape | {"num_hidden_layers": layers})
-    if capability:
-        foresee_for(capability)
-    trainee = Trainee(work, f"ours:lowering={lowering}", device, saved)
+    if given.for_gpu:
+        foresee_for(given.for_gpu)
+    trained = trainee(given, options)
     built = time.perf_counter() - started
     if device == "cuda":
         from triton import knobs
@@ -155,7 +200,7 @@ def measure(
     spent, steps, cpu = waiting(), [], {}
     for _ in range(3):
         started, clocks = time.perf_counter(), (time.thread_time(), time.process_time())
-        trainee.step()
+        trained.step()
         if device == "cuda":
             torch.cuda.synchronize()
         steps.append(round(time.perf_counter() - started, 3))
@@ -163,9 +208,9 @@ def measure(
             finish()
             found = time.thread_time() - clocks[0], time.process_time() - clocks[1]
             cpu = dict(zip(("thread", "process"), (round(f, 2) for f in found), strict=True))
-    seconds = {"build_s": round(built, 2), "steps_s": steps, "cpu_of_first_s": cpu}
+    seconds: dict[str, Any] = {"build_s": round(built, 2), "steps_s": steps, "cpu_of_first_s": cpu}
     waited = {"waited_s": round(sum(spent), 2)}
-    return seconds | waited | stages(trainee.model) | compiled.summary()
+    return seconds | waited | stages(trained.model) | compiled.summary()
 
 
 def stages(model: Any) -> dict[str, Any]:
@@ -198,6 +243,7 @@ def main() -> None:
     parser.add_argument(
         "--layers", type=int, default=0, help="as many as the workload has, or these"
     )
+    parser.add_argument("--memory-budget", type=float, metavar="SHARE", help="0: the least")
     parser.add_argument("--for-gpu", type=int, default=0, metavar="CAPABILITY", help="90: an H100")
     parser.add_argument("--late", action="store_true", help="without compiling ahead, to compare")
     parser.add_argument("--threads", action="store_true", help="ahead, in this process alone")
@@ -217,7 +263,7 @@ def main() -> None:
         from fusewright.kernels import beside
 
         beside.server = lambda *_: None
-    out = measure(given.work, given.lowering, given.verify, given.tiny, given.layers, given.for_gpu)
+    out = measure(given)
     out = {"work": given.work, "lowering": given.lowering, "ahead": not given.late} | out
     print(json.dumps(out, indent=1))
     if given.json:

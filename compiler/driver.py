@@ -64,7 +64,12 @@ def _memory(model: nn.Module, catalogue: Sequence[Pattern], session: Session) ->
 
         with modules.uninstalled(model):
             bare = without_weights(model)
-        return Planner(bare, text_inputs(bare), catalogue, _where(model, device), sizes)
+        made = Planner(bare, text_inputs(bare), catalogue, _where(model, device), sizes)
+        # What the first capture of a block would ask for: it is not thrown away then.
+        for _, block in regions.find(model).blocks:
+            cls = modules.original_class(block) if modules.installed(block) else type(block)
+            session.stored.expect(block, made.wishes.get(cls, ()))
+        return made
 
     return Memory(budget, device, planner, session.note)
 

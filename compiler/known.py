@@ -67,18 +67,21 @@ def wanted(args: Sequence[Any]) -> Wanted:
 
 
 def variants(canonical: fx.GraphModule, args: Sequence[Any]) -> tuple[Wanted, ...]:
-    """Whose gradients may be asked for: those that are now, and the stream's as well.
-
-    The stream is an activation of the shape of the first result, which the next of a row of equal layers
-    takes in its place.
-    """
+    """Whose gradients may be asked for: those that are now, and the stream's as well."""
     now = wanted(args)
-    results = [n for n in tree_leaves(canonical.graph.output_node().args) if ir.is_floating(n)]
-    if not now or not results:
-        return (now,)
-    for place, node in enumerate(canonical.graph.find_nodes(op="placeholder")):
+    place = stream(canonical.graph) if now else None
+    return (now,) if place is None or place in now else (now, now | {place})
+
+
+def stream(graph: fx.Graph) -> int | None:
+    """The place of the input that the next of a row of equal layers takes the first result in.
+
+    It is an activation of that result's shape.
+    """
+    results = [n for n in tree_leaves(graph.output_node().args) if ir.is_floating(n)]
+    for place, node in enumerate(graph.find_nodes(op="placeholder") if results else ()):
         alike = ir.is_floating(node) and not node.meta.get("parameter")
         alike = alike and ir.dtype(node) == ir.dtype(results[0])
         if alike and ir.shape(node) == ir.shape(results[0]):
-            return (now,) if place in now else (now, now | {place})
-    return (now,)
+            return place
+    return None

@@ -28,6 +28,7 @@ class Storage:
         holds: tensors -> whether they are so already.
         ours: tensor -> whether its memory was laid out here before.
         name: for the report.
+        pays: tensors -> whether it is of use where they are.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -35,6 +36,7 @@ class Storage:
     holds: Callable[[Tensors], bool]
     ours: Callable[[torch.Tensor], bool]
     name: str
+    pays: Callable[[Tensors], bool] = lambda _: True
 
 
 @dataclass(frozen=True)

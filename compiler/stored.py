@@ -50,6 +50,13 @@ class Stored:
         known.update((w.paths, w) for w in wishes)
         self._provide(module, path)
 
+    def expect(self, module: nn.Module, wishes: Sequence[Wish]) -> None:
+        """Have them asked for when a module of this class next runs, where they are of use."""
+        for wish in wishes:
+            parts = parameters(module, wish.paths)
+            if parts and wish.storage.pays(parts):
+                self._wishes.setdefault(type(module), {}).setdefault(wish.paths, wish)
+
     def missing(self, module: nn.Module, wishes: Sequence[Wish]) -> list[Wish]:
         """The wishes that could be met and are not."""
         refused = self._refused.get(module, set())

@@ -229,7 +229,12 @@ def _storage(node: fx.Node, space: room.Room) -> Storage:
     def make(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return room.allocate(tensors, space)
 
-    return Storage(weights, make, holds, room.owned, "lora")
+    dtype = ir.dtype(_args(node)[_X])
+
+    def pays(tensors: Sequence[torch.Tensor]) -> bool:
+        return room.serves(tensors[0].device, dtype)
+
+    return Storage(weights, make, holds, room.owned, "lora", pays)
 
 
 def _make_room(graph: fx.Graph, node: fx.Node, space: room.Room) -> None:

@@ -17,13 +17,15 @@ from typer.testing import CliRunner
 
 import fusewright
 from fusewright import cli
-from fusewright.compiler import driver
-from fusewright.compiler.planning import budget, timeline
+from fusewright.compiler import driver, pipeline
+from fusewright.compiler.planning import budget, observed, timeline
 from fusewright.compiler.planning.block import Measure
 from fusewright.compiler.planning.devices import DEVICES, UnknownDevice, describe
 from fusewright.compiler.planning.footing import Footing, Head
 from fusewright.compiler.planning.plan import Planner, text_inputs, without_weights
 from fusewright.compiler.planning.timeline import DoesNotFit, Layer
+from fusewright.compiler.stored import Stored
+from fusewright.kernels import room
 from fusewright.patterns import DEFAULT
 
 ROWS, LENGTH = 4, 64
@@ -224,3 +226,52 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert picture.stat().st_size > 10_000
     nonsense = CliRunner().invoke(cli.app, [*question, "--budget", "much"])
     assert nonsense.exit_code == 2 and "not a size" in nonsense.stderr
+
+
+def test_what_the_environment_asks_to_verify_is_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model without its weights has no values that could be verified."""
+    monkeypatch.setenv("FUSEWRIGHT_VERIFY", "first_step")
+    bare = without_weights(adapted())
+    seen = observed.observe(bare, DEFAULT, text_inputs(bare)(ROWS, LENGTH))
+    assert seen.head is not None and not seen.missed
+
+
+def test_equal_blocks_are_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block's stream wants no gradient; its joint graph is still its own."""
+    captured: list[str] = []
+    compiling = pipeline.compile_graph
+
+    def counted(gm: Any, inputs: Any, session: Any, kind: str, region: str) -> Any:
+        captured.append(kind)
+        return compiling(gm, inputs, session, kind, region)
+
+    monkeypatch.setattr(pipeline, "compile_graph", counted)
+    bare = without_weights(adapted())
+    seen = observed.observe(bare, DEFAULT, text_inputs(bare)(ROWS, LENGTH))
+    assert captured.count("block") == 1 and "leaf" not in captured
+    gradients = {
+        tuple(paths): sum(g is not None for g in joint.graph.output_node().args[0][1:])
+        for joint, _, paths in seen.joints
+    }
+    first, *others = sorted(gradients, key=len)
+    assert len(first) == 1 and [len(o) for o in others] == [models.LAYERS - 1]
+    assert gradients[first] + 1 == gradients[others[0]]
+
+
+def test_weights_lie_as_the_plan_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No capture is thrown away to find out how they are to lie."""
+    monkeypatch.setattr(room, "serves", lambda *_: True)
+    asked: list[str] = []
+    asking = Stored.ask
+
+    def noted(self: Any, module: Any, path: str, wishes: Any) -> None:
+        asked.append(path)
+        asking(self, module, path, wishes)
+
+    monkeypatch.setattr(Stored, "ask", noted)
+    batch = models.batch(rows=ROWS, length=LENGTH)
+    plain = training.train_step(fusewright.optimize(adapted(), lowering="fx"), batch, seed=3)
+    assert len(asked) == 1
+    ours = fusewright.optimize(adapted(), lowering="fx", memory_budget="1GiB", strict=True)
+    training.assert_same_step(training.train_step(ours, batch, seed=3), plain)
+    assert len(asked) == 1 and any(room.owned(p.data) for p in ours.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ def head_of(gm: fx.GraphModule | None, trained: bool, sizes: tuple[int, int]) ->
     fused = next((n for n in calls if _name(n) in workspaces()), None)
     if fused is None:
         # Everything that the forward makes is kept, and the largest value's gradient comes on top.
+        @functools.lru_cache(maxsize=64)
         def whole(batch: int, sequence: int) -> float:
             made = [evaluate(work.of(n).memory, batch, sequence) for n in calls]
             return sum(made) + max(made, default=0.0)
@@ -113,6 +115,7 @@ def head_of(gm: fx.GraphModule | None, trained: bool, sizes: tuple[int, int]) ->
     spec = workspaces()[_name(fused)]
     names = frozenset({"weight"} if trained else ())
 
+    @functools.lru_cache(maxsize=64)  # asked for every way of a step that is weighed
     def peak(batch: int, sequence: int) -> float:
         assert spec.workspace is not None
         args = fx.map_arg(fused.args, lambda n: evaluate.tensor(ir.value(n), batch, sequence))

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fusewright.compiler import capture, ir, lower, regions, tiles
+from fusewright.compiler import capture, ir, known, lower, regions, tiles
 from fusewright.compiler.abstract import AbstractSession
 from fusewright.compiler.config import Options
 from fusewright.compiler.joint import Joint
 from fusewright.compiler.match import Pattern
 from fusewright.compiler.partition import Asked
-from fusewright.compiler.records import GraphRecord
+from fusewright.compiler.storage import Wish
 from fusewright.compiler.tiles import Parts
+from fusewright.runtime import module as modules
 from fusewright.runtime.op import register_all
 
 aten = torch.ops.aten
@@ -34,37 +38,84 @@ class Observed:
     """What a pass has shown.
 
     Attributes:
-        joints: per graph of a block, its joint graph, its parts where it can run in tiles, and the
+        joints: per kind of block, its joint graph, its parts where it can run in tiles, and the
             modules that run it.
         head: the rewritten graph of the head, if there is one.
         missed: paths of blocks that could not be captured.
+        wishes: how parameters of the blocks of a class are to be stored.
     """
 
     joints: list[tuple[Joint, Parts | None, list[str]]] = field(default_factory=list)
     head: fx.GraphModule | None = None
     missed: list[str] = field(default_factory=list)
+    wishes: dict[type, list[Wish]] = field(default_factory=dict)
 
 
 class PlanSession(AbstractSession):
-    """Keeps the joint graph of every block that is captured."""
+    """Captures equal blocks once, whichever of their inputs want a gradient, and notes which do.
+
+    The first block's stream often wants none. Its joint graph is made of the same capture. What is
+    neither block nor head is run as it is: nothing of it is counted.
+    """
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        self.joints: list[tuple[GraphRecord, Joint, Parts | None]] = []
+        self.wanting: dict[str, bool] = {}  # path of a block -> whether its stream wants a gradient
+        self.wishes: dict[type, list[Wish]] = {}
 
-    def splitting(self, gm: fx.GraphModule, record: GraphRecord) -> Asked | None:
-        """Split, so that the joint graph is made; attention stands as one fused call."""
-        if record.kind != "block":
-            return None
-        fuse_attention(gm)
+    def call(
+        self, kind: str, module: nn.Module, compiled: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """Run a region; a block as if its stream wanted a gradient."""
+        if kind == "leaf":
+            compiled = modules.inner_forward(modules.original_class(module))
+            return super().call(kind, module, compiled, args, kwargs)
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        stream = next((t for t in given if t.dim() == 3 and t.is_floating_point()), None)
+        if kind != "block" or stream is None:
+            return super().call(kind, module, compiled, args, kwargs)
+        self.wanting[self.paths.get(module, "?")] = stream.requires_grad
+        asking = stream.detach().requires_grad_()
+        args, kwargs = tree_map_only(
+            torch.Tensor, lambda t: asking if t is stream else t, (args, kwargs)
+        )
+        out = super().call(kind, module, compiled, args, kwargs)
+        if any(t.requires_grad for t in (*given, *module.parameters())):
+            return out
+        return tree_map_only(torch.Tensor, torch.Tensor.detach, out)
 
-        parts = tiles.split(gm)
+    def require(self, wishes: list[Wish]) -> None:
+        """Note them: there is no memory here that could be laid out."""
+        if self._module is not None:
+            self.wishes.setdefault(modules.original_class(self._module), []).extend(wishes)
 
-        def look(joint: Joint) -> None:
-            self.joints.append((record, joint, parts))
+    def blocks(self) -> Iterator[tuple[fx.GraphModule, list[str]]]:
+        """The rewritten graphs of captured blocks, as their streams want gradients, and who runs each.
 
-        asked = Asked.of(gm.graph, "keep", lambda chosen: None)
-        return Asked(asked.level, asked.tell, asked.parameters, asked.inputs, look)
+        Attention stands in them as one fused call.
+        """
+        for record in self.records:
+            if record.kind != "block" or record.rewritten is None or not record.matches:
+                continue  # what was not rewritten runs as captured, however it is planned
+            for wants in (False, True):
+                paths = sorted(p for p in record.modules if self.wanting.get(p, True) is wants)
+                if paths:
+                    gm = copy.deepcopy(record.rewritten)
+                    if not wants:
+                        _leave_stream_alone(gm.graph)
+                    fuse_attention(gm)
+                    yield gm, paths
+
+
+def _leave_stream_alone(graph: fx.Graph) -> None:
+    """Have the stream want no gradient."""
+    inputs = graph.find_nodes(op="placeholder")
+    asking = [n for n in inputs if n.meta.get("requires_grad") and not n.meta.get("parameter")]
+    place = known.stream(graph)
+    if len(asking) > 1 and place is not None:
+        asking = [inputs[place]]
+    if len(asking) == 1:
+        asking[0].meta["requires_grad"] = False
 
 
 def fuse_attention(gm: fx.GraphModule) -> None:
@@ -95,16 +146,15 @@ def fuse_attention(gm: fx.GraphModule) -> None:
     gm.recompile()
 
 
-def joint_of(gm: fx.GraphModule) -> Joint:
-    """The joint graph of a part of a block, of which what is trained or made inside wants gradients."""
+def joint_of(gm: fx.GraphModule) -> Joint | None:
+    """The joint graph of a block or a part of one, of which what is trained or made inside wants
+    gradients; None where nothing does."""
     found: list[Joint] = []
-    asked = Asked.of(gm.graph, "keep", lambda chosen: None)
+    asked = dataclasses.replace(Asked.of(gm.graph, "keep", lambda chosen: None), look=found.append)
     inputs = [_like(n) for n in gm.graph.find_nodes(op="placeholder")]
-    lower.lower(
-        gm, inputs, "fx", None,
-        Asked(asked.level, asked.tell, asked.parameters, asked.inputs, found.append),
-    )  # fmt: skip
-    return found[0]
+    with torch.enable_grad():
+        lower.lower(gm, inputs, "fx", None, asked)
+    return found[0] if found else None
 
 
 def _like(node: fx.Node) -> Any:
@@ -146,11 +196,14 @@ def observe(model: nn.Module, catalogue: Sequence[Pattern], inputs: Mapping[str,
     finally:
         capture.remove(model)
     seen = Observed()
-    for record, joint, parts in session.joints:
-        if record.modules:
-            seen.joints.append((joint, parts, sorted(record.modules)))
-    known = {p for *_, paths in seen.joints for p in paths}
-    seen.missed = [path for path, _ in found.blocks if path not in known]
+    seen.wishes = session.wishes
+    for gm, paths in session.blocks():
+        parts = tiles.split(gm)
+        joint = joint_of(gm)
+        if joint is not None:
+            seen.joints.append((joint, parts, paths))
+    captured = {p for *_, paths in seen.joints for p in paths}
+    seen.missed = [path for path, _ in found.blocks if path not in captured]
     heads = [r.rewritten for r in session.records if r.kind == "head" and r.rewritten is not None]
     seen.head = heads[-1] if heads else None
     if not seen.joints:

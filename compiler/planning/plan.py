@@ -50,11 +50,9 @@ class MemoryPlan:
         prices: path -> the price that its cut was made with (bytes of memory a second is worth).
         offloaded: paths of the layers whose saved values are in the host's memory in between.
         tiled: paths of the layers whose tail, the part after attention, runs in tiles of rows.
-        formulas: kind of choice -> bytes that a layer saves, over batch and sequence.
         timeline: the step's moments.
-        table: budgets and what they give, from the most useful to the least that fits.
-        longest: tokens a row that would still fit the budget, at its smallest choices.
         notes: what the figures do not hold.
+        later: attribute -> what works it out when it is first asked for; a step needs none of them.
     """
 
     device: str
@@ -68,11 +66,26 @@ class MemoryPlan:
     prices: dict[str, float]
     offloaded: list[str]
     tiled: list[str]
-    formulas: dict[str, str]
     timeline: list[Event]
-    table: list[Row]
-    longest: int
     notes: list[str] = field(default_factory=list)
+    later: dict[str, Callable[[], Any]] = field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def formulas(self) -> dict[str, str]:
+        """Kind of choice -> bytes that a layer saves, over batch and sequence."""
+        found: dict[str, str] = self.later["formulas"]()
+        return found
+
+    @functools.cached_property
+    def table(self) -> list[Row]:
+        """Budgets and what they give, from the most useful to the least that fits."""
+        found: list[Row] = self.later["table"]()
+        return found
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Tokens a row that would still fit the budget, at its smallest choices."""
+        return int(self.later["longest"]())
 
     @property
     def counts(self) -> dict[str, int]:
@@ -81,11 +94,19 @@ class MemoryPlan:
 
     def to_json(self) -> str:
         """All of it; sizes in bytes, times in seconds."""
-        values = {k: v for k, v in vars(self).items() if k not in ("timeline", "table")}
+        worked_out = {name: getattr(self, name) for name in ("formulas", "longest")}
+        values = {k: v for k, v in vars(self).items() if k not in ("timeline", "table", "later")}
+        values |= worked_out
         values["prices"] = {k: (None if v == float("inf") else v) for k, v in self.prices.items()}
         values["timeline"] = [vars(e) for e in self.timeline]
         values["table"] = [vars(r) for r in self.table]
         return json.dumps(values, indent=1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything worked out, and nothing of the planner."""
+        for name in self.later:
+            getattr(self, name)
+        return vars(self) | {"later": {}}
 
     def __str__(self) -> str:
         from fusewright.compiler.planning.chart import text
@@ -130,7 +151,7 @@ class Planner:
         order = [path for path, _ in regions.find(model).blocks]
         owner = {path: b for b, paths in built for path in paths}
         self.blocks = [(path, owner[path]) for path in order if path in owner]
-        self.missed = seen.missed
+        self.missed, self.wishes = seen.missed, seen.wishes
         weight = getattr(model, "get_output_embeddings", lambda: None)()
         trained = weight is not None and any(p.requires_grad for p in weight.parameters())
         head = footing.head_of(seen.head, trained, traced)
@@ -142,8 +163,9 @@ class Planner:
     def layers(self, batch: int, sequence: int) -> list[Layer]:
         """The layers with the costs of their choices at one size."""
         if tiles.worth(batch * sequence):
-            for build in self._tilings:
-                build()
+            with torch.enable_grad():  # a plan may be asked anywhere
+                for build in self._tilings:
+                    build()
             self._tilings.clear()
         found: dict[int, tuple[Any, ...]] = {}
         for _, b in self.blocks:
@@ -198,11 +220,15 @@ class Planner:
             prices={p: c.price for (p, _), c in zip(self.blocks, picked, strict=True)},
             offloaded=[p for (p, _), c in zip(self.blocks, picked, strict=True) if c.away],
             tiled=[p for (p, _), c in zip(self.blocks, picked, strict=True) if c.tiled],
-            formulas={c.label: str(b.formula(c)) for _, b in self.blocks for c in b.choices},
             timeline=moments,
-            table=self.table(layers),
-            longest=self.longest(size),
             notes=self._notes(),
+            later={
+                "formulas": functools.partial(
+                    _formulas, [(b, c) for _, b in self.blocks for c in b.choices]
+                ),
+                "table": functools.partial(self.table, layers, self.sizes),
+                "longest": functools.partial(self.longest, size, batch),
+            },
         )
 
     def checkpointed(self, batch: int, sequence: int) -> int:
@@ -214,9 +240,8 @@ class Planner:
         top = timeline.peak(layers, [0] * len(layers), self.footing, batch, sequence)
         return timeline.needed(top, self.footing)
 
-    def table(self, layers: Sequence[Layer]) -> list[Row]:
-        """What budgets between the least and the most useful give."""
-        sizes = self.sizes
+    def table(self, layers: Sequence[Layer], sizes: tuple[int, int]) -> list[Row]:
+        """What budgets between the least and the most useful give at one (batch, sequence)."""
         lean = timeline.smallest(layers, self.footing, *sizes)
         least = timeline.needed(timeline.peak(layers, lean, self.footing, *sizes), self.footing)
         fast = timeline.kept(layers)
@@ -231,9 +256,8 @@ class Planner:
             rows.append(Row(size, top, plain + again, again))
         return rows
 
-    def longest(self, budget: int) -> int:
-        """The most tokens a row, in steps of 1 %, that fit; 0 if none do."""
-        batch = self.sizes[0]
+    def longest(self, budget: int, batch: int) -> int:
+        """The most tokens a row of so many, in steps of 1 %, that fit; 0 if none do."""
 
         def fits(sequence: int) -> bool:
             layers = self.layers(batch, sequence)
@@ -257,6 +281,10 @@ class Planner:
         if self.footing.head.logits:
             notes.append("the head was not rewritten: its logits are held whole")
         return notes
+
+
+def _formulas(ways: Sequence[tuple[blocks.Block, blocks.Choice]]) -> dict[str, str]:
+    return {choice.label: str(block.formula(choice)) for block, choice in ways}
 
 
 def _tile(block: blocks.Block, parts: tiles.Parts, traced: tuple[int, int], device: Device) -> None:

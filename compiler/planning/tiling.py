@@ -111,7 +111,7 @@ def build(
     """The costs of a block's parts, and the choices of the first, in ``first.choices``."""
     from fusewright.compiler.planning.observed import joint_of
 
-    found = [joint_of(gm) for gm in (parts.first, parts.tail)]
+    found = [j for gm in (parts.first, parts.tail) if (j := joint_of(gm)) is not None]
     first, tail = (Block(j, blocks.symbols_of(j, traced)) for j in found)
     first.choices = blocks.ways(first, device, sizes)
     inputs, outside = (
