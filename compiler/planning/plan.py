@@ -290,7 +290,9 @@ def _formulas(ways: Sequence[tuple[blocks.Block, blocks.Choice]]) -> dict[str, s
 def _tile(block: blocks.Block, parts: tiles.Parts, traced: tuple[int, int], device: Device) -> None:
     """Add a block's choices with tiles, worked out for a row of enough tokens."""
     sizes = 1, 16 * tiles.TOKENS
-    blocks.tile(block, tiling.build(parts, traced, device, sizes), device, sizes)
+    built = tiling.build(parts, traced, device, sizes)
+    if built is not None:
+        blocks.tile(block, built, device, sizes)
 
 
 def text_inputs(model: nn.Module) -> Callable[[int, int], dict[str, torch.Tensor]]:

@@ -107,12 +107,17 @@ class Tiling:
 
 def build(
     parts: tiles.Parts, traced: tuple[int, int], device: Device, sizes: tuple[int, int]
-) -> Tiling:
-    """The costs of a block's parts, and the choices of the first, in ``first.choices``."""
+) -> Tiling | None:
+    """The costs of a block's parts, and the choices of the first, in ``first.choices``.
+
+    None where a part wants no gradient: it saves nothing then.
+    """
     from fusewright.compiler.planning.observed import joint_of
 
-    found = [j for gm in (parts.first, parts.tail) if (j := joint_of(gm)) is not None]
-    first, tail = (Block(j, blocks.symbols_of(j, traced)) for j in found)
+    joints = joint_of(parts.first), joint_of(parts.tail)
+    if joints[0] is None or joints[1] is None:
+        return None
+    first, tail = (Block(j, blocks.symbols_of(j, traced)) for j in joints if j is not None)
     first.choices = blocks.ways(first, device, sizes)
     inputs, outside = (
         [n for n in j.graph.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
