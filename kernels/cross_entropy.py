@@ -107,7 +107,7 @@ def transform(logits: torch.Tensor, form: LossForm) -> torch.Tensor:
 def row_blocks(logits: torch.Tensor) -> list[slice]:
     """Blocks of rows that are best worked on one after the other: a CPU's stay in its cache."""
     rows, vocab = logits.shape
-    step = max(1, _CACHED // vocab) if logits.device.type == "cpu" else rows
+    step = max(1, _CACHED // vocab if logits.device.type == "cpu" else rows)
     return [slice(at, at + step) for at in range(0, rows, step)] or [slice(0, 0)]
 
 

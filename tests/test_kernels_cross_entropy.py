@@ -244,6 +244,14 @@ def test_no_rows(backend: Backend) -> None:
         assert torch.autograd.grad(loss.sum(), logits)[0].shape == (0, 5)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(("rows", "vocab"), [(0, 5), (1, 5), (7, 2**16), (7, 2**15), (3, 2**17)])
+def test_blocks_are_all_rows_once(rows: int, vocab: int, device: str) -> None:
+    blocks = family.row_blocks(torch.empty(rows, vocab, device=device))
+    assert [at for block in blocks for at in range(rows)[block]] == [*range(rows)]
+    assert len(blocks) == 1 or device == "cpu"
+
+
 def test_bad_input_is_named() -> None:
     logits, labels = torch.randn(3, 5), torch.tensor([0, 1, 2])
 
