@@ -54,7 +54,7 @@ class Asked:
         level: one of ``LEVELS``, or the name of a planned choice.
         tell: is handed what was chosen.
         parameters: places of the inputs that are parameters, and how many inputs there are.
-        look: is handed the joint graph as it was read, before anything is marked.
+        look: is handed the joint graph as it was read, before anything is marked; may end it by raising.
         cut: makes the cut of a planned choice, which ``level`` then names.
         split: is handed the two halves, how many results the forward has, and the forward without
             them, if that is less to compute.

@@ -146,15 +146,29 @@ def fuse_attention(gm: fx.GraphModule) -> None:
     gm.recompile()
 
 
+class _Seen(Exception):
+    """Ends the lowering of a graph once its joint graph is made: the halves are not wanted."""
+
+    def __init__(self, joint: Joint) -> None:
+        super().__init__("the joint graph has been seen")
+        self.joint = joint
+
+
 def joint_of(gm: fx.GraphModule) -> Joint | None:
     """The joint graph of a block or a part of one, of which what is trained or made inside wants
     gradients; None where nothing does."""
-    found: list[Joint] = []
-    asked = dataclasses.replace(Asked.of(gm.graph, "keep", lambda chosen: None), look=found.append)
+
+    def look(joint: Joint) -> None:
+        raise _Seen(joint)
+
+    asked = dataclasses.replace(Asked.of(gm.graph, "keep", lambda chosen: None), look=look)
     inputs = [_like(n) for n in gm.graph.find_nodes(op="placeholder")]
-    with torch.enable_grad():
-        lower.lower(gm, inputs, "fx", None, asked)
-    return found[0] if found else None
+    try:
+        with torch.enable_grad():
+            lower.lower(gm, inputs, "fx", None, asked)
+    except _Seen as seen:
+        return seen.joint
+    return None
 
 
 def _like(node: fx.Node) -> Any:
