@@ -78,7 +78,8 @@ def measure(spec: dict[str, Any], left: float, carry: Path) -> dict[str, Any]:
             )
             row = json.loads(ended.stdout.splitlines()[-1])
         except subprocess.TimeoutExpired:
-            row = {"error": "the time was up"}
+            log.seek(0)
+            row = {"error": log.read()[-1500:] + "\nthe time was up"}
         except (IndexError, json.JSONDecodeError):
             log.seek(0)
             row = {"error": log.read()[-1500:]}
@@ -124,7 +125,7 @@ def line(row: dict[str, Any]) -> str:
     asked = row["asked"]
     head = f"{asked['work']:<14} {asked['budget']:>8}"
     if "error" in row:
-        return f"{head}  {row['error'].strip().splitlines()[-1][:110]}"
+        return f"{head}  {' / '.join(row['error'].strip().splitlines()[-2:])[:400]}"
 
     def pair(name: str, unit: float, digits: int) -> str:
         predicted, measured = row.get(f"predicted_{name}"), row.get(f"measured_{name}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ class Row:
         self.device = "cuda" if self.cuda else "cpu"
         self.out: dict[str, Any] = {"device": "cpu"}
         self.near: Any = None  # the last norm's output for a long row's first tokens
+        self.done: dict[str, float] = {}  # seconds at which a part was issued
         if self.cuda:
             card = torch.cuda.get_device_properties(0)
             self.out["device"] = card.name
@@ -59,6 +61,9 @@ class Row:
 
         trainee = self.build()
         spec, out = self.spec, self.out
+        began = time.perf_counter()
+        if spec["once"]:
+            self.follow(trainee, began)
         if spec["check"]:
             self.alone(trainee)
         self.start_of_step()
@@ -181,6 +186,25 @@ class Row:
         if self.cuda:
             self.torch.cuda.empty_cache()
 
+    def follow(self, trainee: Any, began: float) -> None:
+        """Note when each layer's forward and backward is issued; ``done`` has the last of each."""
+
+        def note(name: str) -> None:
+            self.done[name] = round(time.perf_counter() - began, 1)
+
+        def after(at: int) -> Callable[..., None]:
+            def hook(module: Any, given: Any, output: Any) -> None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                note(f"forward {at}")
+                self.done.pop(f"forward {at - 1}", None)
+                if hidden.requires_grad:
+                    hidden.register_hook(lambda grad: note(f"backward from {at}"))
+
+            return hook
+
+        for at, layer in enumerate(trainee.raw.get_base_model().model.layers):
+            layer.register_forward_hook(after(at))
+
     def tokens(self, trainee: Any) -> int:
         return min(NEAR, trainee.ids.shape[1] // 2)
 
@@ -206,11 +230,28 @@ class Row:
         return self.torch.cuda.max_memory_allocated() if self.cuda else None
 
 
+def watch(row: Row) -> None:
+    """Every ten seconds, for a row that may not be done in its time: how far it is."""
+    started = time.perf_counter()
+    while True:
+        time.sleep(10)
+        resident = Path("/proc/self/statm").read_text().split()[1]
+        print(
+            f"{time.perf_counter() - started:.0f} s: {(row.allocated() or 0) / GIB:.1f} GiB on the "
+            f"device, {int(resident) * 4096 / GIB:.1f} in the host's memory, {row.done}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def main(spec: str) -> None:
     """Measure and answer; what else is printed goes to the standard error."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    answers.write(json.dumps(Row(json.loads(spec)).run()) + "\n")
+    row = Row(json.loads(spec))
+    if row.spec["once"]:
+        threading.Thread(target=watch, args=(row,), daemon=True).start()
+    answers.write(json.dumps(row.run()) + "\n")
     answers.flush()
     os._exit(0)  # compile workers are not waited for
 
