@@ -36,7 +36,6 @@ import torch
 from fusewright.kernels.cross_entropy_launch import (
     launch_backward,
     launch_forward,
-    launch_reduce,
 )
 from fusewright.kernels.launch import launchable
 from fusewright.kernels.reduce import absent, compute_dtype
@@ -259,10 +258,7 @@ def triton_fwd(
     lse = torch.empty(rows, dtype=torch.float64, device=logits.device)
     each = reduction == "none"
     losses = torch.empty_like(lse, dtype=torch.float32 if each else torch.float64)
-    launch_forward(logits, labels, losses, lse, form)
-    loss, factor = launch_reduce(
-        None if each else losses, labels, None, vocab, ignore_index, reduction == "mean", 1.0
-    )
+    loss, factor = launch_forward(logits, labels, losses, lse, form, reduction)
     return losses if loss is None else loss, lse, factor
 
 

@@ -2,11 +2,12 @@
 
 Forward: one program a row, one read. Each thread keeps a maximum and a sum for the 16 bytes that it
 loads at a time, rescaled when the maximum rises, so that the loop has neither a barrier nor a second
-exponential per element; the lanes meet once, at the end of the row. One more program adds the rows up
-in a fixed order and counts them. Backward: one program per row and block of columns.
+exponential per element; the lanes meet once, at the end of the row. The program that is done last adds
+the rows up in a fixed order. Backward: one program per row and block of columns.
 
 The chunked head and loss uses one kernel for both on a buffer of its own: it reads the logits of a
-row, then reads them again, from cache, and overwrites them with their gradient.
+row, then reads them again, from cache, and overwrites them with their gradient. Its rows are added up
+by a launch of its own, behind the last chunk.
 
 Where the rows do not begin at multiples of 16 bytes (a vocabulary of odd size), SHIFTED kernels count
 columns from the last such multiple before the row, so that whole 16 bytes are still read and written:
@@ -18,6 +19,7 @@ is ignored is not read.
 
 from __future__ import annotations
 
+from fusewright.kernels.arrival_kernels import arrive, start_anew
 from fusewright.kernels.elementary import exp, tanh_and_slope
 from fusewright.kernels.launch import tl, triton
 
@@ -209,66 +211,88 @@ def _gradient(
 
 
 @triton.jit
+def _known(label, vocab, ignore_index):
+    """Assert that a label is in range, or ignored; gives whether it counts."""
+    counts = label != ignore_index
+    tl.device_assert(
+        ~counts | ((label >= 0) & (label < vocab)),
+        "labels: expected ignore_index or 0 <= label < the number of classes",
+    )
+    return counts
+
+
+@triton.jit
+def _give(loss, valid, factor, loss_ptr, factor_ptr, REDUCE: tl.constexpr, MEAN: tl.constexpr):
+    """Store the loss and the factor that rows' gradients lack; NaN and 0 where no row counts."""
+    if MEAN:
+        valid = valid.to(tl.float64)
+        loss = tl.where(valid > 0, loss / valid, float("nan"))
+        factor = tl.where(valid > 0, factor / valid, 0.0)
+    if REDUCE:
+        tl.store(loss_ptr, loss)
+    tl.store(factor_ptr, factor)
+
+
+@triton.jit
 def cross_entropy_forward(
-    logits_ptr, labels_ptr, losses_ptr, lse_ptr, row_step, label_step, vocab, ignore_index,
-    smoothing, z_loss, scale, softcap, inverse,
+    logits_ptr, labels_ptr, losses_ptr, lse_ptr, counter_ptr, loss_ptr, factor_ptr,
+    row_step, label_step, vocab, ignore_index, smoothing, z_loss, scale, softcap, inverse,
     SCALED: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr,
     PRECISE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, SHIFTED: tl.constexpr,
+    REDUCE: tl.constexpr, MEAN: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
-    """The loss and the log-sum-exp of one row; 0 and 0 where the label is ignored."""
+    """The loss and the log-sum-exp of a row, 0 where its label is ignored; then the sum, ADDED at a time."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row * label_step)
-    if label == ignore_index:
-        tl.store(losses_ptr + row, 0.0)
-        tl.store(lse_ptr + row, 0.0)
-    else:
+    counts = _known(label, vocab, ignore_index)
+    if counts:
         loss, lse, _ = _row_loss(
             logits_ptr + row * row_step, label, vocab, smoothing, z_loss, scale, softcap, inverse,
             SCALED, CAPPED, SMOOTH, Z_LOSS, PRECISE, BLOCK, WIDE, False, SHIFTED,
         )  # fmt: skip
         tl.store(losses_ptr + row, loss)
         tl.store(lse_ptr + row, lse)
+    else:
+        tl.store(losses_ptr + row, 0.0)
+        tl.store(lse_ptr + row, 0.0)
+    last, valid = arrive(counter_ptr, counts.to(tl.int32))
+    if last:
+        total = tl.zeros((ADDED,), tl.float64)
+        if REDUCE:
+            rows = tl.num_programs(0)
+            for first in range(0, rows, ADDED):
+                at = first + tl.arange(0, ADDED)
+                total += tl.load(losses_ptr + at, mask=at < rows, other=0.0, cache_modifier=".cg")
+        loss = tl.sum(total, axis=0)
+        _give(loss, valid, _wide(1.0), loss_ptr, factor_ptr, REDUCE, MEAN)
+        start_anew(counter_ptr)
 
 
 @triton.jit
 def cross_entropy_reduce(
     losses_ptr, labels_ptr, denominator_ptr, loss_ptr, factor_ptr,
     rows, label_step, vocab, ignore_index, unit,
-    REDUCE: tl.constexpr, MEAN: tl.constexpr, DIVIDED: tl.constexpr, BLOCK: tl.constexpr,
+    MEAN: tl.constexpr, DIVIDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add the rows up in one program, in a fixed order.
+    """Add up rows that other launches have written, in one program and a fixed order.
 
-    Writes the loss and the factor that the gradient of a row lacks (1 / count, 1 / denominator or 1,
-    over ``unit``; 0 where no row counts), and asserts that every label is in range.
+    The loss and the factor are over the denominator, the factor over ``unit`` too.
     """
     total = tl.zeros((BLOCK,), tl.float64)
     count = tl.zeros((BLOCK,), tl.int32)
-    bad = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, rows, BLOCK):
         at = first + tl.arange(0, BLOCK).to(tl.int64)
         inside = at < rows
-        label = tl.load(labels_ptr + at * label_step, mask=inside, other=0)
-        counts = inside & (label != ignore_index)
-        bad += (counts & ((label < 0) | (label >= vocab))).to(tl.int32)
-        if MEAN:
-            count += counts.to(tl.int32)
-        if REDUCE:
-            total += tl.load(losses_ptr + at, mask=inside, other=0.0)
-    good = tl.sum(bad, axis=0) == 0
-    tl.device_assert(good, "labels: expected ignore_index or 0 <= label < the number of classes")
+        label = tl.load(labels_ptr + at * label_step, mask=inside, other=ignore_index)
+        count += _known(label, vocab, ignore_index).to(tl.int32)
+        total += tl.load(losses_ptr + at, mask=inside, other=0.0)
     loss = tl.sum(total, axis=0)
     factor = 1.0 / _wide(unit)
-    if MEAN:
-        valid = tl.sum(count, axis=0).to(tl.float64)
-        loss = tl.where(valid > 0, loss / valid, float("nan"))
-        factor = tl.where(valid > 0, factor / valid, 0.0)
     if DIVIDED:
         denominator = tl.load(denominator_ptr).to(tl.float64)
         loss = loss / denominator
         factor = factor / denominator
-    if REDUCE:
-        tl.store(loss_ptr, loss)
-    tl.store(factor_ptr, factor)
+    _give(loss, tl.sum(count, axis=0), factor, loss_ptr, factor_ptr, True, MEAN)
 
 
 @triton.jit

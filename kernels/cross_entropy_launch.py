@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fusewright.kernels.arrivals import counter
 from fusewright.kernels.cross_entropy_kernels import (
     cross_entropy_backward,
     cross_entropy_forward,
@@ -22,10 +23,11 @@ from fusewright.kernels.launch import on_device_of
 from fusewright.kernels.launcher import Launcher
 from fusewright.kernels.recording import recorder
 
-_forward = Launcher(cross_entropy_forward, enable_fp_fusion=True)
-_reduce = Launcher(
-    cross_entropy_reduce, enable_fp_fusion=True, debug=True, sanitize_overflow=False
-)  # what it asserts stays in
+# What they assert stays in.
+_forward, _reduce = (
+    Launcher(kernel, enable_fp_fusion=True, debug=True, sanitize_overflow=False)
+    for kernel in (cross_entropy_forward, cross_entropy_reduce)
+)
 _backward = Launcher(cross_entropy_backward, enable_fp_fusion=True)
 _in_place = Launcher(loss_and_gradient_in_place, enable_fp_fusion=True)
 _scale = Launcher(scale_to, enable_fp_fusion=True)
@@ -60,48 +62,66 @@ def _shifted(logits: torch.Tensor, wide: int) -> bool:
     return logits.stride(0) % wide != 0 or vocab % wide != 0 or recorder.address(logits) % 16 != 0
 
 
+def _added(rows: int) -> int:
+    """How many rows are added up at a time."""
+    return min(2048, max(32, 1 << (rows - 1).bit_length()))
+
+
 def launch_forward(
-    logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, lse: torch.Tensor, form: Any
-) -> None:
-    """Write every row's loss (any float dtype) and log-sum-exp (float64)."""
-    rows, vocab = logits.shape
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    losses: torch.Tensor,
+    lse: torch.Tensor,
+    form: Any,
+    reduction: str,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Write every row's loss (any float dtype) and log-sum-exp (float64).
+
+    Returns the loss (None for "none") and the factor of the gradients; asserts the labels' range.
+    """
+    (rows, vocab), device = logits.shape, logits.device
     block, wide, warps = _row_block(vocab, logits.element_size(), 8192)
     if form.softcap > 0:  # tanh needs registers: a thread takes half as many numbers at a time
         block = max(block // 2, 32 * wide)
+    each = reduction == "none"
+    loss = None if each else torch.empty((), dtype=torch.float32, device=device)
+    factor = torch.empty((), dtype=torch.float64, device=device)
     with on_device_of(logits):
         _forward(
             (rows, 1),
-            (logits, labels, losses, lse),
+            (logits, labels, losses, lse, counter(device), loss, factor),
             (logits.stride(0), labels.stride(0), vocab, form.ignore_index, *_numbers(form)),
-            (*_constants(form, logits.dtype), block, wide, _shifted(logits, wide)),
+            (*_constants(form, logits.dtype), block, wide, _shifted(logits, wide), not each,
+             reduction == "mean", min(_added(rows), 256 * warps)),
             warps,
-        )
+        )  # fmt: skip
+    return loss, factor
 
 
 def launch_reduce(
-    losses: torch.Tensor | None,
+    losses: torch.Tensor,
     labels: torch.Tensor,
     denominator: torch.Tensor | None,
     vocab: int,
     ignore_index: int,
     mean: bool,
     unit: float,
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The loss (None without ``losses``) and the factor of the gradients; asserts the labels' range.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of rows that other launches have written, and the factor; asserts the labels' range.
 
     The assertion is the kernel's: nothing is brought to the host, and nothing launched for it.
     """
     device = labels.device
-    loss = None if losses is None else torch.empty((), dtype=torch.float32, device=device)
+    loss = torch.empty((), dtype=torch.float32, device=device)
     factor = torch.empty((), dtype=torch.float64, device=device)
     rows = labels.shape[0]
-    block = min(2048, max(32, 1 << (rows - 1).bit_length()))
+    block = _added(rows)
     with on_device_of(labels):
         _reduce(
             (1, 1),
             (losses, labels, denominator, loss, factor),
             (rows, labels.stride(0), vocab, ignore_index, unit),
-            (losses is not None, mean, denominator is not None, block),
+            (mean, denominator is not None, block),
             max(1, block // 256),
         )
     return loss, factor

@@ -1,8 +1,9 @@
 """What a host function tells to whoever records it, so that it can be repeated without being run.
 
-A recording sees launches and operations by itself (``fusewright.runtime.recording``). Two things it
-cannot see are said here: what else than shapes, strides, dtypes and constants the function looked at,
-and which tensors it made out of addresses. Outside of a recording nothing here does anything.
+A recording sees launches and operations by itself (``fusewright.runtime.recording``). What it
+cannot see is said here: what else than shapes, strides, dtypes and constants the function looked at,
+and which tensors it made out of addresses or found for the current stream. Outside of a recording
+nothing here does anything.
 """
 
 from __future__ import annotations
@@ -46,6 +47,13 @@ class Table(NamedTuple):
     table: torch.Tensor
     tensors: tuple[torch.Tensor, ...]
     make: Callable[[tuple[int, ...]], torch.Tensor]
+
+
+class Fetched(NamedTuple):
+    """``tensor`` is what ``fetch`` gives at every call, with its address; the caller's state decides."""
+
+    tensor: torch.Tensor
+    fetch: Callable[[], tuple[torch.Tensor, int]]
 
 
 class Alias(NamedTuple):
@@ -96,3 +104,9 @@ def table(
     """Note that ``made`` depends on the addresses of these tensors alone."""
     if recorder.steps is not None:
         recorder.steps.append(Table(made, tuple(tensors), make))
+
+
+def fetched(tensor: torch.Tensor, fetch: Callable[[], tuple[torch.Tensor, int]]) -> None:
+    """Note that ``tensor`` is to be asked for at every repetition."""
+    if recorder.steps is not None:
+        recorder.steps.append(Fetched(tensor, fetch))

@@ -18,7 +18,15 @@ from typing import Any
 import torch
 
 from fusewright.kernels.launcher import current_stream
-from fusewright.kernels.recording import Alias, Condition, Launch, Table, recorder, reinterpret
+from fusewright.kernels.recording import (
+    Alias,
+    Condition,
+    Fetched,
+    Launch,
+    Table,
+    recorder,
+    reinterpret,
+)
 from fusewright.runtime.direct import direct
 from fusewright.runtime.origins import Origins, Unknown
 from fusewright.runtime.program import Program
@@ -80,7 +88,7 @@ class _Writer:
         """The plan of these steps with the results ``out``."""
         writers: dict[type, Call] = {
             Launch: self._launch, Operation: self._operation, Buffer: self._buffer,
-            Table: self._table, Alias: lambda step: self.origins.alias(*step),
+            Table: self._table, Fetched: self._fetched, Alias: lambda step: self.origins.alias(*step),
         }  # fmt: skip
         conditions = [found for s in steps if type(s) is Condition if (found := self._check(s))]
         conditions += self._twice()
@@ -168,6 +176,12 @@ class _Writer:
         self.program.line(f"{key} = ({addresses})", key)
         look = f"{value(known.get)}({key}) or {value(known.put)}({key})"
         self.program.line(f"{', '.join(names)} = {look}", *names)
+
+    def _fetched(self, step: Fetched) -> None:
+        origin = self.origins.add(step.tensor)
+        self.addressed.add(origin)
+        names = f"t{origin}", f"p{origin}"
+        self.program.line(f"{', '.join(names)} = {self.program.value(step.fetch)}()", *names)
 
     def _check(self, step: Condition) -> Call | None:
         """A condition as a function of the arguments; None where it is on what is made here."""

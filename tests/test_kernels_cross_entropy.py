@@ -278,6 +278,7 @@ def compiled_cases() -> list[Case]:
     numbers = {n: "fp32" for n in ("smoothing", "z_loss", "scale", "softcap", "inverse")}
     ints = {"row_step": "i32:16", "label_step": "i32", "vocab": "i32:16", "ignore_index": "i32"}
     labels, wide = {"labels_ptr": "*i64:16"}, "*fp64:16"
+    asserting = (("debug", True), ("sanitize_overflow", False))
     cases = []
     for (kind, on), shifted in product(
         (("bf16", False), ("fp16", True), ("fp32", True)), (False, True)
@@ -288,9 +289,11 @@ def compiled_cases() -> list[Case]:
         flags |= {"PRECISE": kind == "fp32", "WIDE": lanes, "SHIFTED": shifted}
         row = flags | {"BLOCK": 8192}
         shared = labels | ints | numbers | {"logits_ptr": pointer}
-        types = shared | {"losses_ptr": wide, "lse_ptr": wide}
+        types = shared | {"losses_ptr": wide, "lse_ptr": wide, "counter_ptr": "*i64:16"}
+        types |= {"loss_ptr": "*fp32:16", "factor_ptr": wide}
         forward = row | {"BLOCK": 4096 if on else 8192}
-        cases.append(Case(module + "cross_entropy_forward", types, forward, 8))
+        forward |= {"REDUCE": True, "MEAN": True, "ADDED": 2048}
+        cases.append(Case(module + "cross_entropy_forward", types, forward, 8, asserting))
         types = shared | {"losses_ptr": wide, "unit": "fp32"}
         name = module + "loss_and_gradient_in_place"
         for vocab, capped in ((32000, on), (128256, on), (128256, False)):
@@ -304,8 +307,7 @@ def compiled_cases() -> list[Case]:
     types = labels | ints | {"losses_ptr": wide, "denominator_ptr": "*i64:16", "rows": "i32"}
     types |= {"loss_ptr": "*fp32:16", "factor_ptr": wide, "unit": "fp32"}
     del types["row_step"]
-    flags = {"REDUCE": True, "MEAN": True, "DIVIDED": True, "BLOCK": 2048}
-    asserting = (("debug", True), ("sanitize_overflow", False))
+    flags = {"MEAN": True, "DIVIDED": True, "BLOCK": 2048}
     cases.append(Case(module + "cross_entropy_reduce", types, flags, 8, asserting))
     types = {"saved_ptr": "*fp32:16", "dloss_ptr": "*fp32:16", "factor_ptr": wide}
     types |= {"out_ptr": "*bf16:16", "elements": "i64:16"}
