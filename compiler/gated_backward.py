@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusewright.compiler import ir, rewrite
+from fusewright.compiler import gated_again, ir, rewrite
 
 # Positions in the results of lora_group_backward.
 DX, DBIASES, DDOWN, DUP = 0, 3, 4, 5
@@ -31,6 +31,8 @@ def join(half: fx.GraphModule) -> int:
 
 def costs_nothing(h: fx.Node) -> bool:
     """Whether a second run of ``h`` in a joint graph's backward half would be joined, and so be none."""
+    if gated_again.joins(h):
+        return True
     if ir.own_name(h) not in (_ROOMY[0], _DENSE[0]):
         return False
     behind = [n for n in h.users if ir.own_name(n) == "lora_group_backward"]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusewright.compiler import ir, partition
+from fusewright.compiler import ir, partition, summed_products
 from fusewright.compiler.halves import Halves, at_once, plain_python
 from fusewright.compiler.partition import Asked
 from fusewright.compiler.tiles import Parts, tokens
@@ -137,6 +137,8 @@ def _split_fx(
         if context is not None and context.fw_metadata is not None:
             # Nothing here writes over what was saved, so a second backward stays possible.
             context.fw_metadata.bw_donated_idxs = []
+        if not forward:
+            summed_products.accumulate(graph)
         boxed = plain_python(graph)
         halves.compiled(boxed, forward)
         return boxed

@@ -19,7 +19,13 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fusewright.compiler import cut as cuts
-from fusewright.compiler import gated_backward, gated_layers, pieces, residual_backward
+from fusewright.compiler import (
+    gated_again,
+    gated_backward,
+    gated_layers,
+    pieces,
+    residual_backward,
+)
 from fusewright.compiler.joint import Joint
 from fusewright.compiler.recompute import is_symbol, moved
 from fusewright.compiler.rerun import without_results
@@ -143,6 +149,7 @@ def partition(
     halves = min_cut_rematerialization_partition(joint, inputs, **given)
     again = None if asked.split is None else without_results(halves[0], num_fwd_outputs)
     gated_backward.join(halves[1])
+    gated_again.join(halves[1])
     gated_layers.forward(halves[0])
     gated_layers.backward(halves[1])
     pieces.spread(halves[1])
@@ -162,6 +169,7 @@ def digest() -> str:
         "cut",
         "joint",
         "recompute",
+        "gated_again",
         "gated_backward",
         "gated_layers",
         "residual_backward",

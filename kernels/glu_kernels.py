@@ -230,15 +230,19 @@ def launch_backward(
     dup: torch.Tensor | None,
     activation: str,
     clamp: tuple[float, float] | None = None,
+    y: torch.Tensor | None = None,
 ) -> None:
-    """Write the gradients into dense tensors; None for one that is not wanted."""
+    """Write the gradients into dense tensors; None for one that is not wanted.
+
+    The forward's result goes into the dense ``y``, if it is given.
+    """
     (dy, dy_row), (gate, gate_row), (up, up_row) = rows_of(dy), rows_of(gate), rows_of(up)
     width = gate.shape[-1]
     dense = dy_row == gate_row == up_row == width
     rows, columns = _shape(width, gate.numel(), dense)
     _backward(
         dy, gate, up, dgate, dup, 0, 0, dy_row, gate_row, up_row, width, rows, columns,
-        activation, clamp, None,
+        activation, clamp, None, y, width,
     )  # fmt: skip
 
 
