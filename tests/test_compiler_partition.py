@@ -52,22 +52,26 @@ def test_fewer_bytes_as_predicted_and_the_same_bits(
         ours = optimized(BUILDS[name], level, monkeypatch)
         step = training.train_step(ours, models.batch())
         assert torch.equal(step.loss, wanted.loss)
-        for key, grad in wanted.grads.items():
-            assert torch.equal(step.grads[key], grad), key
+        if name == "full":  # sums of two products round once (summed_products)
+            training.assert_same_step(step, wanted, 1e-6)
+        else:
+            for key, grad in wanted.grads.items():
+                assert torch.equal(step.grads[key], grad), key
         chosen = partitioned(ours)
         measured = saved_bytes(ours, chosen, models.batch())
         assert len(chosen) == models.LAYERS
         for path, told in chosen.items():
             assert measured[path] == told.saved, path
             if level == "keep":
-                # A unit out of its own backward does not run again (gated_backward).
+                # A unit out of its own backward does not run again (gated_backward, gated_again).
                 assert told.saved == told.kept
-                assert told.recomputed == (("glu_packed",) if name == "lora" else ())
+                free = {"full": ("glu",), "lora": ("glu_packed",)}
+                assert told.recomputed == free.get(name, ())
             else:
                 assert {"rms_norm", "add_rms_norm"} <= set(told.recomputed)
                 assert {"glu", "glu_packed"} & set(told.recomputed)
                 rows, width = 32, models.HIDDEN  # float32; two norms, a gated unit of two widths
-                least = 4 * rows * (2 * width + (0 if name == "lora" else 2 * width))
+                least = 4 * rows * (2 * width + (2 * width if "dropout" in name else 0))
                 if name != "full":  # v is a part of their one product, which is saved for it anyway
                     least += 4 * rows * (width + width // 2)
                 assert told.kept - told.saved >= least
