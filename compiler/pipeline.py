@@ -94,7 +94,8 @@ def _compile(
         wishes = storage.wishes(settle(rewritten, session), gm.graph, rewritten.graph)
 
     def foreseen() -> Known:
-        return _foreseen(canonical, rewritten, example_inputs, session, record, device)
+        with unseen_by_checkpoints():  # also where it is called later, outside of the compilation
+            return _foreseen(canonical, rewritten, example_inputs, session, record, device)
 
     try:
         session.require(wishes)

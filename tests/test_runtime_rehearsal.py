@@ -98,3 +98,22 @@ def test_every_launch_was_foreseen(
     assert seen.failures == []
     assert len(seen.launched) >= 10
     assert seen.late == []
+
+
+def test_a_checkpoint_does_not_count_what_a_rehearsal_keeps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Weights are moved, and what follows rehearsed, within the first layer's checkpoint."""
+    rehearsed = []
+
+    def foreseeing(rewritten: Any, canonical: Any, inputs: Any, verified: bool, device: Any) -> int:
+        rehearsed.append(foresee.rehearse(rewritten, canonical, inputs, verified).failures)
+        return 0
+
+    monkeypatch.setattr(pipeline, "foresee", foreseeing)
+    monkeypatch.setattr(room, "serves", lambda *_: True)
+    eager = _model("lora")
+    eager.gradient_checkpointing_enable({"use_reentrant": False})
+    ours = fusewright.optimize(models.twin(eager), lowering="fx", verify="first_step", strict=True)
+    training.train_step(ours, models.batch())
+    assert rehearsed and not any(rehearsed)
