@@ -82,6 +82,7 @@ class Row:
             out |= plan
         if not spec["once"]:
             self.timed(trainee)
+            out["at_rest"] = self.at_rest(trainee)
             out["measured_timeline"] = self.moments(trainee)
         else:
             out["measured_peak"] = out["first_peak"]
@@ -135,9 +136,26 @@ class Row:
         if self.cuda:
             self.out["reserved"] = self.torch.cuda.max_memory_reserved()
 
+    def at_rest(self, trainee: Any) -> dict[str, Any] | None:
+        """What is allocated now, and the largest of it that is no parameter and no optimizer's state."""
+        if not self.cuda:
+            return None
+        from memory import strangers
+
+        from fusewright.runtime.packed import states
+
+        model, optimizer = trainee.raw, trainee.optimizer
+        named = [t for p in model.parameters() for t in (p, *states(p))]
+        named += model.buffers()
+        named += (
+            t for s in optimizer.state.values() for t in s.values() if self.torch.is_tensor(t)
+        )
+        return {"memory_allocated": self.allocated()} | strangers(named)
+
     def moments(self, trainee: Any) -> list[list[Any]]:
         """The peak of each layer's forward and backward in one more step, as the plan has them."""
         found: list[list[Any]] = []
+        middle: list[Any] = []  # what lies there half way down the backward
         model = (
             trainee.raw.get_base_model() if hasattr(trainee.raw, "get_base_model") else trainee.raw
         )
@@ -157,6 +175,8 @@ class Row:
                 above = f"backward {at + 1}" if at + 1 < len(layers) else "head and loss"
                 if hidden.requires_grad:
                     hidden.register_hook(lambda grad: close(above))
+                    if at == len(layers) // 2:
+                        hidden.register_hook(lambda grad: middle.append(self.at_rest(trainee)))
 
             return hook
 
@@ -166,6 +186,7 @@ class Row:
         forward = False
         loss.backward()
         close("backward 0")
+        self.out["half_way_back"] = middle[0] if middle else None
         trainee.optimizer.step()
         close("optimizer step")
         trainee.optimizer.zero_grad(set_to_none=True)
