@@ -154,6 +154,18 @@ def backward_cut(rows: int, width: int, ranks: int, limits: Limits) -> Cut:
     )  # fmt: skip
 
 
+def _shares(cut: Cut, rows: int, width: int, ranks: int, own: int) -> tuple[int, int, int]:
+    """Numbers in the float32 shares of P, dB and dA."""
+    return cut.slabs * rows * ranks, 2 * cut.parts * width * ranks, cut.parts * width * own
+
+
+def scratch(rows: int, width: int, rank: int, own: int, limits: Limits) -> int:
+    """Bytes that :func:`backward` takes for its shares, of adapters of these ranks before and behind."""
+    ranks = padded(rank)
+    cut = backward_cut(rows, width, ranks, limits)
+    return 4 * sum(_shares(cut, rows, width, ranks, padded(own)))
+
+
 def backward(
     dh: torch.Tensor,
     gate_up: torch.Tensor,
@@ -185,10 +197,8 @@ def backward(
     limits = device.limits(dh.device)
     cut = backward_cut(rows, width, ranks, limits)
     works = thin_copies.prepare(copies)  # beside the kernel: in it they take 28 registers a thread
-    right = cut.slabs * rows * ranks
-    left = 2 * cut.parts * width * ranks
-    scratch = dh.new_empty(right + left + cut.parts * width * own_ranks, dtype=torch.float32)
-    shares = scratch[:right], scratch[right : right + left], scratch[right + left :]
+    sizes = _shares(cut, rows, width, ranks, own_ranks)
+    shares = dh.new_empty(sum(sizes), dtype=torch.float32).split(sizes)
     gate, up = (0, 1) if gate_first else (1, 0)
     slabs = cut.slabs // 2
     operands = [t for side in (pair.vs, pair.us) for t in (side[gate], side[up])]

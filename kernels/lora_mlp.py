@@ -203,7 +203,7 @@ def device_bwd(*args: Any) -> Results:
     gate_up, group = given.gate_up, first.group
     width = glu._half_width(gate_up)
     second = given.group(gate_up[..., :width])  # of h's shape; there is no h
-    if not _joins(given, first, second):
+    if not joins(given, first, second):
         return _apart(args, lora_glu.device, lora.device_bwd)
     toward = lora_gemm.toward_input(
         given.dys, given.thin, second, given.grad_roomy, given.needs
@@ -260,7 +260,7 @@ def _together(
     return both
 
 
-def _joins(given: lora_glu.Given, first: First, second: Group) -> bool:
+def joins(given: lora_glu.Given, first: First, second: Group) -> bool:
     """Whether one pass serves: each of gate and up has one adapter, of one rank, and so has h."""
     group, dtype = first.group, given.gate_up.dtype
     width = glu._half_width(given.gate_up)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from launches import TARGETS, assert_no_spills
 
-from fusewright.kernels import glu_thin, lora, lora_glu, lora_mlp, room, roomy
+from fusewright.kernels import device, glu_thin, lora, lora_glu, lora_mlp, room, roomy
 from fusewright.kernels.lora_group import plan
 from fusewright.kernels.lora_mlp import First, Unit
 from fusewright.kernels.thin_plan import Term
@@ -221,3 +221,21 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 def test_compiles_without_spills(target: str) -> None:
     """Not for sm_75, where the ops apart serve."""
     assert_no_spills(__name__, target)
+
+
+def test_the_shares_of_a_backward_are_as_large_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    empty = torch.Tensor.new_empty
+
+    def noted(self: torch.Tensor, size: Any, **given: Any) -> torch.Tensor:
+        if given.get("dtype") is FP32 and isinstance(size, int):
+            made.append(4 * size)
+        return empty(self, size, **given)
+
+    _, given, first = case("cpu", FP16)
+    asked = fused(glu_thin, monkeypatch)
+    monkeypatch.setattr(torch.Tensor, "new_empty", noted)
+    lora_mlp.device_bwd(*given, *first)
+    limits = device.limits(given.gate_up.device)
+    assert asked == ["backward"]
+    assert glu_thin.scratch(TOKENS, WIDTH, RANK, RANK, limits) in made
