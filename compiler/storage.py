@@ -29,6 +29,7 @@ class Storage:
         ours: tensor -> whether its memory was laid out here before.
         name: for the report.
         pays: tensors -> whether it is of use where they are.
+        adds: tensors -> bytes that it takes beside theirs.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -37,6 +38,7 @@ class Storage:
     ours: Callable[[torch.Tensor], bool]
     name: str
     pays: Callable[[Tensors], bool] = lambda _: True
+    adds: Callable[[Tensors], int] = lambda _: 0
 
 
 @dataclass(frozen=True)

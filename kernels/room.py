@@ -126,6 +126,13 @@ def needed(columns: int, rows: int) -> Room:
     return Room(-(-columns // _UNIT) * _UNIT, -(-rows // _UNIT) * _UNIT)
 
 
+def added(weights: Sequence[torch.Tensor], room: Room) -> int:
+    """Bytes that a buffer of these weights has beside them."""
+    height, width = sum(w.shape[0] for w in weights), weights[0].shape[1]
+    around = (height + room.rows) * (width + room.columns) - height * width
+    return around * weights[0].element_size()
+
+
 def allocate(weights: Sequence[torch.Tensor], room: Room) -> list[torch.Tensor]:
     """Copies of the weights in one new buffer, as views of it.
 

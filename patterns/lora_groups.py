@@ -234,7 +234,10 @@ def _storage(node: fx.Node, space: room.Room) -> Storage:
     def pays(tensors: Sequence[torch.Tensor]) -> bool:
         return room.serves(tensors[0].device, dtype)
 
-    return Storage(weights, make, holds, room.owned, "lora", pays)
+    def adds(tensors: Sequence[torch.Tensor]) -> int:
+        return room.added(tensors, space)
+
+    return Storage(weights, make, holds, room.owned, "lora", pays, adds)
 
 
 def _make_room(graph: fx.Graph, node: fx.Node, space: room.Room) -> None:
