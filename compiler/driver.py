@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -75,9 +74,9 @@ def _memory(model: nn.Module, catalogue: Sequence[Pattern], session: Session) ->
 
 
 def _where(model: nn.Module, device: Device) -> Device:
-    """The device as the model sees it: from a CPU's memory nothing is moved to the host's."""
+    """The device as the model sees it."""
     there = any(p.is_cuda for p in model.parameters())
-    return device if there else dataclasses.replace(device, host=0.0)
+    return device if there else devices.on_cpu(device)
 
 
 def report(model: Any) -> explain.CoverageReport:

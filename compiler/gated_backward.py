@@ -35,9 +35,17 @@ def costs_nothing(h: fx.Node) -> bool:
         return True
     if ir.own_name(h) not in (_ROOMY[0], _DENSE[0]):
         return False
+    return around(h) is not None
+
+
+def around(h: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """In a joint graph, the calls that would be joined with ``h``: the layers' backward and the unit's."""
     behind = [n for n in h.users if ir.own_name(n) == "lora_group_backward"]
     others = {ir.own_name(n) for n in h.users if n not in behind}
-    return len(behind) == 1 and others <= {"lora_group"} and _unit_of(behind[0], h) is not None
+    if len(behind) != 1 or not others <= {"lora_group"}:
+        return None
+    found = _unit_of(behind[0], h)
+    return None if found is None else (behind[0], found[1])
 
 
 def _joined(graph: fx.Graph, layers: fx.Node) -> bool:

@@ -79,21 +79,28 @@ def _join_forward(graph: fx.Graph, layers: fx.Node) -> bool:
     return order.restore(graph)
 
 
-def _join_backward(graph: fx.Graph, unit: fx.Node) -> bool:
-    results = ir.results(unit)
-    dgate_up = results.get(0) if results else None
-    if results is None or dgate_up is None or len(dgate_up.users) != 1:
-        return False
+def reader(dgate_up: fx.Node) -> fx.Node | None:
+    """The group's backward that alone reads a unit's gradient, and nothing else in its place."""
+    if len(dgate_up.users) != 1:
+        return None
     (first,) = dgate_up.users
     found = ir.results(first) if ir.own_name(first) == "lora_group_backward" else None
     if found is None or not found.keys() <= {DX, DBIASES, DDOWN, DUP}:
-        return False
+        return None
     given = ir.named_arguments(first)
     reads = list(given["dys"]) == [dgate_up] and dgate_up not in (given["x"], given["thin"])
     if not reads or not _plain(given) or given["need_inputs"] or given["need_weights"]:
+        return None
+    return first
+
+
+def _join_backward(graph: fx.Graph, unit: fx.Node) -> bool:
+    results = ir.results(unit)
+    dgate_up = results.get(0) if results else None
+    first = None if dgate_up is None else reader(dgate_up)
+    if results is None or dgate_up is None or first is None or _reaches(first, unit, results):
         return False
-    if _reaches(first, unit, results):
-        return False
+    found, given = ir.results(first) or {}, ir.named_arguments(first)
     own = ir.named_arguments(unit)
     if given["grad_roomy"] != (own["grad_room"] > 0):
         return False

@@ -62,14 +62,16 @@ class Form:
         return made.to("cpu")
 
 
-def build(form: Form, dropout: float = 0.0, thin: torch.dtype = torch.float32) -> Any:
-    """Two layers under PEFT, adapters on all linears; of one seed whatever the form."""
+def build(
+    form: Form, dropout: float = 0.0, thin: torch.dtype = torch.float32, layers: int = 2
+) -> Any:
+    """A few layers under PEFT, adapters on all linears; of one seed whatever the form."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=models.VOCAB,
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -20,7 +19,7 @@ from fusewright import cli
 from fusewright.compiler import driver, pipeline
 from fusewright.compiler.planning import budget, observed, timeline
 from fusewright.compiler.planning.block import Measure
-from fusewright.compiler.planning.devices import DEVICES, UnknownDevice, describe
+from fusewright.compiler.planning.devices import DEVICES, UnknownDevice, describe, on_cpu
 from fusewright.compiler.planning.footing import Footing, Head
 from fusewright.compiler.planning.plan import Planner, text_inputs, without_weights
 from fusewright.compiler.planning.timeline import DoesNotFit, Layer
@@ -39,7 +38,7 @@ def adapted() -> Any:
 @pytest.fixture(scope="module")
 def planner() -> Planner:
     bare = without_weights(adapted())
-    device = dataclasses.replace(DEVICES["h200"], host=0.0)  # as a model on a CPU is planned
+    device = on_cpu(DEVICES["h200"])
     return Planner(bare, text_inputs(bare), DEFAULT, device, (ROWS, LENGTH))
 
 

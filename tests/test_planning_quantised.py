@@ -21,7 +21,7 @@ from quantised import Form, build
 import fusewright
 from fusewright import targets
 from fusewright.compiler import driver
-from fusewright.compiler.planning.devices import DEVICES
+from fusewright.compiler.planning.devices import DEVICES, on_cpu
 from fusewright.compiler.planning.plan import Planner, text_inputs, without_weights
 from fusewright.compiler.planning.timeline import DoesNotFit
 from fusewright.kernels import qlora, room
@@ -34,7 +34,7 @@ BF16 = torch.bfloat16
 
 def planner_of(model: Any, host: float = 0.0, rows: int = ROWS, length: int = LENGTH) -> Planner:
     bare = without_weights(model)
-    device = dataclasses.replace(DEVICES["h100"], host=host)
+    device = dataclasses.replace(on_cpu(DEVICES["h100"]), host=host)
     return Planner(bare, text_inputs(bare), DEFAULT, device, (rows, length))
 
 
@@ -104,8 +104,8 @@ def test_checkpointing_is_satisfied_and_offloaded(monkeypatch: pytest.MonkeyPatc
         driver, "_where", lambda model, device: dataclasses.replace(device, host=1e15)
     )
     batch = models.batch(rows=ROWS, length=LENGTH)
-    plain = training.train_step(fusewright.optimize(build(Form()), lowering="fx"), batch)
-    model = build(Form())
+    plain = training.train_step(fusewright.optimize(build(Form(), layers=4), lowering="fx"), batch)
+    model = build(Form(), layers=4)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable()
     ours = fusewright.optimize(model, lowering="fx", memory_budget=1, strict=True)

@@ -14,8 +14,8 @@ from torch import fx
 from fusewright.compiler import cut as cuts
 from fusewright.compiler import ir, tiles
 from fusewright.compiler.joint import Joint
+from fusewright.compiler.planning import gated, work
 from fusewright.compiler.planning import price as price_
-from fusewright.compiler.planning import work
 from fusewright.compiler.planning.devices import Device
 from fusewright.compiler.planning.work import Amounts
 from fusewright.compiler.recompute import base
@@ -40,6 +40,10 @@ class Measure:
         seconds: of what is run again, and of what is waited for.
         away: bytes that are in the host's memory from its forward to its backward; around these two
             they are on the device, and those of its neighbour with them.
+        small: of ``saved``, in pieces that stay on the device if the rest does not.
+        stream: of ``saved``, the hidden states that the block reads.
+        held: bytes of these that stay on the device, if they do, and are not in ``saved``. Of all blocks
+            but the first they are what the block before has made.
     """
 
     saved: float
@@ -47,6 +51,9 @@ class Measure:
     backward: float
     seconds: float
     away: float = 0.0
+    small: float = 0.0
+    stream: float = 0.0
+    held: float = 0.0
 
     @property
     def most(self) -> float:
@@ -88,20 +95,37 @@ class Block:
         symbols: what each symbol of the graph is: ``BATCH``, ``SEQUENCE``, or a number.
         choices: the front, from the fastest to the smallest; behind it that of those with tiles.
         tiling: its parts, where its tail can run in tiles.
+        joins: whether its backward is compiled as a half, in which gated units are joined.
         schedules, inner: what is worked out once (see ``liveness``).
+        units: those that are joined.
+        stream: the input with the hidden states.
+        tables: other inputs that grow with the batch or the sequence and want no gradient.
     """
 
     joint: Joint
     symbols: dict[Any, Any]
     choices: list[Choice] = field(default_factory=list)
     tiling: Tiling | None = None
+    joins: bool = True
     schedules: dict[cuts.Cut, Schedule] = field(default_factory=dict)
     inner: Choice | None = None
 
     def __post_init__(self) -> None:
         self.nodes = [n for n in self.joint.graph.nodes if n.op != "output"]
         self.works = {n: work.of(n) for n in self.nodes}
+        self.units = gated.units(self.joint) if self.joins else ()
+        inputs = [n for n in self.joint.forward if n.op == "placeholder" and self._grows(n)]
+        # The largest: tables of rotations are as long, and a head wide.
+        self.stream = max(inputs, key=lambda n: int(ir.traced(ir.value(n).shape[-1])), default=None)
+        self.tables = [n for n in inputs if n is not self.stream and n in self.joint.free]
         self._evaluate = self._compiled()
+
+    def _grows(self, node: fx.Node) -> bool:
+        """Whether it is a tensor of rows: no parameter, and no mask, whose memory is a guess."""
+        value = ir.value(node)
+        if not ir.is_tensor(node) or value.dim() != 3 or not value.is_floating_point():
+            return False
+        return bool(self.works[node].memory.subs(self.symbols).free_symbols)
 
     def _compiled(self) -> Callable[[int, int], Sequence[float]]:
         flat = [e.subs(self.symbols) for w in self.works.values() for e in w.formulas]

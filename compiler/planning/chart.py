@@ -35,6 +35,8 @@ def write(plan: MemoryPlan, console: Console) -> None:
     for name, count in plan.counts.items():
         choices.add_row(str(count), name, plan.formulas[name])
     console.print(choices)
+    parts = ", ".join(f"{name} {shown(size)}" for name, size in plan.resting.items() if size)
+    console.print(f"Between steps: {parts}", soft_wrap=True)
     console.print("Memory over the step")
     for event in plan.timeline:
         filled = round(_WIDTH * event.bytes / max(plan.budget, plan.peak))

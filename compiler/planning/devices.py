@@ -10,15 +10,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from fusewright.kernels import device as hardware
+from fusewright.kernels.device import Limits
+
 GIB = 2**30
 _PINNED = 0.75  # of the host's memory: the rest is the program's, its data's and the system's
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+_HOPPER = Limits(132, 232448, 32)
 
 
 class UnknownDevice(ValueError):
@@ -38,6 +44,8 @@ class Device:
         launch: seconds that a kernel takes at least.
         host: bytes/s to the host's pinned memory and back, each way; 0 where nothing is moved there.
         host_memory: bytes of the host's that may be pinned for that.
+        limits: what kernels are cut by; None where the model is on a CPU and none are launched.
+        workspace: bytes that a cuBLAS handle takes for itself; see ``workspaces``.
     """
 
     name: str
@@ -49,6 +57,8 @@ class Device:
     launch: float = 4e-6
     host: float = 0.0
     host_memory: int = 96 * GIB
+    limits: Limits | None = _HOPPER
+    workspace: int = 4096 * 8 * 1024
 
     def copied(self, moved: float) -> float:
         """Seconds of a pass over memory that reads and writes so many bytes; 0 for none."""
@@ -59,12 +69,40 @@ class Device:
         return max(flops / self.products, moved / (0.9 * self.bandwidth), self.launch)
 
 
+_A100 = Device(
+    "a100", int(79.2 * GIB), 250e12, 190e12, 150e12, 1.75e12, host=12e9,
+    limits=Limits(108, 166912, 32), workspace=2 * 4096 * 1024 + 8 * 16 * 1024,
+)  # fmt: skip
 DEVICES = {
     "h200": Device("h200", int(139.8 * GIB), 690e12, 615e12, 474e12, 4.2e12, host=40e9),
     "h100": Device("h100", int(79.1 * GIB), 640e12, 570e12, 440e12, 2.9e12, host=40e9),
-    "a100": Device("a100", int(79.2 * GIB), 250e12, 190e12, 150e12, 1.75e12, host=12e9),
-    "a100-40gb": Device("a100-40gb", int(39.4 * GIB), 250e12, 190e12, 150e12, 1.35e12, host=12e9),
+    "a100": _A100,
+    "a100-40gb": dataclasses.replace(
+        _A100, name="a100-40gb", memory=int(39.4 * GIB), bandwidth=1.35e12
+    ),
 }
+
+
+def on_cpu(device: Device) -> Device:
+    """The device for a model in a CPU's memory: nothing is moved, no kernel of a GPU's is launched."""
+    return dataclasses.replace(device, host=0.0, limits=None, workspace=0)
+
+
+def workspaces(device: Device) -> int:
+    """Bytes of the matrix products' library that come from the caching allocator and stay.
+
+    PyTorch gives a cuBLAS handle a workspace for each stream at its first product (ATen's
+    ``getChosenWorkspaceSize``): 32 MiB from Hopper on and 8.125 before, or the pairs of KiB and how
+    many in CUBLAS_WORKSPACE_CONFIG. The thread of the forward and that of the backward have a handle
+    each. cuBLASLt's products use the same memory (TORCH_CUBLASLT_UNIFIED_WORKSPACE, on by default).
+    """
+    if device.limits is None:
+        return 0
+    given = os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")
+    pairs = re.findall(r":(\d+):(\d+)", given)
+    known = pairs and "".join(f":{size}:{count}" for size, count in pairs) == given
+    own = sum(1024 * int(size) * int(count) for size, count in pairs) if known else device.workspace
+    return 2 * own
 
 
 def describe(name: str) -> Device:
@@ -97,6 +135,7 @@ def at_hand() -> Device:
         name=properties.name,
         memory=int(properties.total_memory),
         host_memory=int(_PINNED * host_memory()),
+        limits=hardware.limits(torch.device("cuda", 0)),
     )
 
 

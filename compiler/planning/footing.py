@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import fx, nn
 from fusewright.compiler import ir
 from fusewright.compiler.planning import work
 from fusewright.compiler.planning.devices import Device
+from fusewright.compiler.storage import Wish, parameters
 from fusewright.runtime import packed
 from fusewright.runtime.op import flop_formulas, workspaces
 
@@ -52,6 +53,8 @@ class Footing:
         optimizer: of its state.
         row: of one token's hidden state.
         host: of the host's memory, what saved values may take.
+        room: around frozen weights, for the adapters that are multiplied with them.
+        workspace: of the matrix products' library.
     """
 
     parameters: int
@@ -60,6 +63,23 @@ class Footing:
     row: int
     head: Head
     host: float = math.inf
+    room: int = 0
+    workspace: int = 0
+
+    @property
+    def stays(self) -> int:
+        """Bytes that are there between steps."""
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What stays, by name."""
+        return {
+            "parameters": self.parameters,
+            "optimizer": self.optimizer,
+            "room for adapters": self.room,
+            "workspace": self.workspace,
+        }
 
     @property
     def trained(self) -> int:
@@ -91,6 +111,23 @@ def of(model: nn.Module, blocks: Iterable[str], head: Head, row: int, optimizer:
             gradients[owner] = gradients.get(owner, 0) + size
             states += OPTIMIZERS[optimizer](tensor)
     return Footing(total, gradients, states, row, head)
+
+
+def room_of(model: nn.Module, blocks: Iterable[str], wishes: Mapping[type, Sequence[Wish]]) -> int:
+    """Bytes that the blocks' parameters take more where they are stored as wished.
+
+    Args:
+        wishes: by the class of a block; those of 16-bit weights on a GPU alone are of use.
+    """
+    total = 0
+    for module in map(model.get_submodule, blocks):
+        asked = {w.paths: w.storage for w in wishes.get(type(module), ())}
+        for paths, storage in asked.items():
+            parts = parameters(module, paths) or []
+            frozen = [p for p in parts if type(p) is nn.Parameter and not p.requires_grad]
+            if parts and len(frozen) == len(parts) and storage.pays(parts):
+                total += storage.adds(parts)
+    return total
 
 
 def head_of(gm: fx.GraphModule | None, trained: bool, sizes: tuple[int, int]) -> Head:

@@ -19,7 +19,7 @@ from fusewright.compiler.planning import block as blocks
 from fusewright.compiler.planning import budget as budgets
 from fusewright.compiler.planning import footing, liveness, observed, tiling, timeline
 from fusewright.compiler.planning.bare import without_weights
-from fusewright.compiler.planning.devices import GIB, Device
+from fusewright.compiler.planning.devices import GIB, Device, workspaces
 from fusewright.compiler.planning.timeline import DoesNotFit, Event, Layer
 
 _SHARES = (1.0, 0.8, 0.6, 0.45, 0.3, 0.2, 0.1, 0.0)  # of the way from the least to the most memory
@@ -51,6 +51,7 @@ class MemoryPlan:
         offloaded: paths of the layers whose saved values are in the host's memory in between.
         tiled: paths of the layers whose tail, the part after attention, runs in tiles of rows.
         timeline: the step's moments.
+        resting: bytes that are there between steps, by what they are of; a part of every moment.
         notes: what the figures do not hold.
         later: attribute -> what works it out when it is first asked for; a step needs none of them.
     """
@@ -67,6 +68,7 @@ class MemoryPlan:
     offloaded: list[str]
     tiled: list[str]
     timeline: list[Event]
+    resting: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     later: dict[str, Callable[[], Any]] = field(default_factory=dict, repr=False)
 
@@ -158,7 +160,13 @@ class Planner:
         width = weight.in_features if isinstance(weight, nn.Linear) else 0
         element = weight.weight.element_size() if isinstance(weight, nn.Linear) else 2
         found = footing.of(model, order, head, width * element, optimizer)
-        self.footing = dataclasses.replace(found, host=device.host_memory)
+        on_gpu = device.limits is not None
+        self.footing = dataclasses.replace(
+            found,
+            host=device.host_memory,
+            room=footing.room_of(model, order, seen.wishes) if on_gpu else 0,
+            workspace=workspaces(device),
+        )
 
     def layers(self, batch: int, sequence: int) -> list[Layer]:
         """The layers with the costs of their choices at one size."""
@@ -176,7 +184,8 @@ class Planner:
                 )
                 spent = liveness.forward_seconds(b, self.device, batch, sequence)
                 spent += liveness.backward_seconds(b, self.device, batch, sequence)
-                found[id(b)] = front, spent
+                tables = sum(b.numbers(batch, sequence)[n].memory for n in b.tables)
+                found[id(b)] = front, spent, tables
         return [Layer(path, *found[id(b)]) for path, b in self.blocks]
 
     def seconds(self, layers: Sequence[Layer], batch: int, sequence: int) -> float:
@@ -221,6 +230,7 @@ class Planner:
             offloaded=[p for (p, _), c in zip(self.blocks, picked, strict=True) if c.away],
             tiled=[p for (p, _), c in zip(self.blocks, picked, strict=True) if c.tiled],
             timeline=moments,
+            resting=self.footing.parts,
             notes=self._notes(),
             later={
                 "formulas": functools.partial(
@@ -236,7 +246,8 @@ class Planner:
         layers = []
         for path, b in self.blocks:
             cost = liveness.measure(b, blocks.whole(b.joint), self.device, batch, sequence)
-            layers.append(Layer(path, (cost,), 0.0))
+            tables = sum(b.numbers(batch, sequence)[n].memory for n in b.tables)
+            layers.append(Layer(path, (cost,), 0.0, tables))
         top = timeline.peak(layers, [0] * len(layers), self.footing, batch, sequence)
         return timeline.needed(top, self.footing)
 

@@ -73,11 +73,12 @@ class Tiling:
         if behind is not None:
             inner = liveness.measure(self.first, behind, device, batch, sequence)
             kept = max(inner.saved - cost.saved, 0.0)
-        return Measure(
-            saved,
-            max(cost.forward + here, here + result + tile.forward),
-            here + gradients + max(kept + tile.backward, cost.backward),
-            cost.seconds + self.repeated(device, count),
+        return dataclasses.replace(
+            cost,
+            saved=saved,
+            forward=max(cost.forward + here, here + result + tile.forward),
+            backward=here + gradients + max(kept + tile.backward, cost.backward),
+            seconds=cost.seconds + self.repeated(device, count),
         )
 
     def inside(self, device: Device, tokens: int) -> Measure:
@@ -117,7 +118,11 @@ def build(
     joints = joint_of(parts.first), joint_of(parts.tail)
     if joints[0] is None or joints[1] is None:
         return None
-    first, tail = (Block(j, blocks.symbols_of(j, traced)) for j in joints if j is not None)
+    first, tail = (
+        Block(j, blocks.symbols_of(j, traced), joins=j is joints[0])
+        for j in joints
+        if j is not None
+    )  # the tail's backward is autograd's
     first.choices = blocks.ways(first, device, sizes)
     inputs, outside = (
         [n for n in j.graph.find_nodes(op="placeholder") if "tangents" not in str(n.target)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -32,11 +33,19 @@ class DoesNotFit(ValueError):
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: where it is, and what each of its choices costs, from the fastest to the smallest."""
+    """One layer.
+
+    Attributes:
+        path: where it is.
+        front: what each of its choices costs, from the fastest to the smallest.
+        seconds: of a step's run of it that runs nothing again.
+        tables: bytes of what it reads and shares with the others, such as rotations.
+    """
 
     path: str
     front: tuple[Measure, ...]
     seconds: float
+    tables: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,26 +61,43 @@ def events(
 ) -> list[Event]:
     """The step's moments in order: each layer's forward, the head, each layer's backward, the step."""
     rows = batch * sequence * footing.row
-    fixed = footing.parameters + footing.optimizer
+    fixed = footing.stays + max((layer.tables for layer in layers), default=0.0)
     picked = [layer.front[c] for layer, c in zip(layers, chosen, strict=True)]
-    found, saved = [], float(rows)  # the embeddings' output
+    # The model holds the embeddings' output through its forward, and after that its first reader.
+    first = picked[0] if picked else None
+    found, saved = [], float(rows) - (first.stream if first else 0.0)
     away = [0.0, *(cost.away for cost in picked)]  # of the layer before
     for layer, cost, near in zip(layers, picked, away, strict=False):
         here = saved + near + cost.away + cost.saved
         found.append(Event(f"forward {layer.path}", fixed + here + cost.forward))
         saved += cost.saved
+    saved += (first.held + first.stream if first else 0.0) - rows
     # The last norm's input and output live with the loss.
     head = 2 * rows + away[-1] + footing.head.peak(batch, sequence)
     found.append(Event("head and loss", fixed + saved + head))
     outside = footing.gradients.get("", 0)
     gradients = float(outside)
-    for layer, cost, near in reversed(list(zip(layers, picked, away, strict=False))):
+    for layer, cost, back in reversed(list(zip(layers, picked, _back(picked), strict=True))):
         gradients += footing.gradients.get(layer.path, 0)
         flowing = fixed + gradients + rows  # the gradient that came down
-        here = saved + near + cost.away
+        here = saved + back
         found.append(Event(f"backward {layer.path}", flowing + here + cost.backward))
         saved -= cost.saved
-    found.append(Event("optimizer step", fixed + gradients))
+    found.append(Event("optimizer step", footing.stays + gradients))
+    return found
+
+
+def _back(picked: Sequence[Measure]) -> list[float]:
+    """For each layer's backward, bytes that have come back from the host's memory, or are on their way.
+
+    A layer's backward fetches what it waits for and what the next one below that waits for any.
+    """
+    found, waiting = [0.0] * len(picked), 0.0
+    for at in reversed(range(len(picked))):
+        if picked[at].away:
+            below = (cost.away for cost in reversed(picked[:at]) if cost.away)
+            waiting = next(below, 0.0)
+        found[at] = picked[at].away + waiting
     return found
 
 
@@ -93,18 +119,19 @@ def needed(peak_bytes: float, footing: Footing) -> int:
     """The budget that a peak needs, the allocator's losses included."""
     if math.isinf(peak_bytes):
         return sys.maxsize
-    stays = footing.parameters + footing.optimizer
+    stays = footing.stays
     return int(peak_bytes + FRAGMENTATION * max(peak_bytes - stays, 0.0))
 
 
 def smallest(layers: Sequence[Layer], footing: Footing, batch: int, sequence: int) -> list[int]:
     """The choices of the least peak, found kind by kind of layer: layers of a kind choose alike.
 
-    A smaller backward may be worth more than what the last layers save.
+    A smaller backward may be worth more than what the last layers save. The kind of most layers comes
+    first, while all of the host's memory is left.
     """
     lean = [len(layer.front) - 1 for layer in layers]
     best = peak(layers, lean, footing, batch, sequence)
-    kinds = list(dict.fromkeys(layer.front for layer in layers))
+    kinds = [kind for kind, _ in Counter(layer.front for layer in layers).most_common()]
     searching = True
     while searching:
         searching = False
@@ -228,7 +255,7 @@ def _divisions(
 
     What is moved to the host takes nothing of the first, but twice its size of the second.
     """
-    stays = footing.parameters + footing.optimizer
+    stays = footing.stays
     most = (budget + FRAGMENTATION * stays) / (1 + FRAGMENTATION)
     left = most - stays - footing.trained - tokens * footing.row
     high = min(left, sum(max(c.saved for c in layer.front) for layer in layers))
