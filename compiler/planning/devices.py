@@ -2,7 +2,7 @@
 
 The built-in rates are what a training step's kernels sustain, not what a data sheet promises: H200 as
 measured (GEMMs of 690 TFLOP/s in bf16 over minutes, copies at 4.2 TB/s, cuDNN's attention); the others
-scaled from it by their data sheets.
+scaled from it by their data sheets. A GPU that is not among them is measured once (``rates``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fusewright.kernels import device as hardware
 from fusewright.kernels.device import Limits
 
 GIB = 2**30
-_PINNED = 0.75  # of the host's memory: the rest is the program's, its data's and the system's
+HOST_SHARE = 0.75  # of the host's memory: the rest is the program's, its data's and the system's
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 _HOPPER = Limits(132, 232448, 32)
@@ -106,11 +106,18 @@ def workspaces(device: Device) -> int:
 
 
 def describe(name: str) -> Device:
-    """The built-in description of ``name``; a card's own long name will do.
+    """The built-in description of ``name``, for which a card's own long name will do; or a file's.
 
     Raises:
         UnknownDevice: there is none; the message lists those there are.
     """
+    if name.endswith(".json"):
+        from fusewright.compiler.planning import rates
+
+        try:
+            return rates.read(Path(name))
+        except OSError as error:
+            raise UnknownDevice(f"device: {name}: {error.strerror}") from error
     wanted = name.lower().replace("_", "-")
     if wanted in DEVICES:
         return DEVICES[wanted]
@@ -118,23 +125,31 @@ def describe(name: str) -> Device:
         if known in wanted.replace("-", " ").split() or known in wanted:
             small = known == "a100" and "40gb" in wanted
             return DEVICES["a100-40gb" if small else known]
-    raise UnknownDevice(f"device: unknown {name!r}; known are {', '.join(DEVICES)}")
+    raise UnknownDevice(
+        f"device: unknown {name!r}; known are {', '.join(DEVICES)}, or a description's NAME.json"
+    )
 
 
 def at_hand() -> Device:
     """The description of this machine's first GPU with its own memory; an H100's where there is none.
 
     Raises:
-        UnknownDevice: the GPU is not among those that are described.
+        UnknownDevice: the GPU is not described, and cannot be measured.
     """
     if not torch.cuda.is_available():
         return describe("h100")
     properties = torch.cuda.get_device_properties(0)
+    try:
+        described = describe(properties.name)
+    except UnknownDevice:
+        from fusewright.compiler.planning import rates
+
+        return rates.of(0)
     return dataclasses.replace(
-        describe(properties.name),
+        described,
         name=properties.name,
         memory=int(properties.total_memory),
-        host_memory=int(_PINNED * host_memory()),
+        host_memory=int(HOST_SHARE * host_memory()),
         limits=hardware.limits(torch.device("cuda", 0)),
     )
 

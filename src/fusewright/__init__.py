@@ -121,7 +121,8 @@ def plan(
         batch: rows.
         sequence: tokens a row; 0 is what the config allows, at most 4096.
         budget: "22GiB", bytes, a share of the device ("90%", 0.9), or "auto".
-        device: "h200", "h100", "a100", "a100-40gb"; "" is the device at hand, else "h100".
+        device: "h200", "h100", "a100", "a100-40gb", or a JSON file of another's rates, as one is left in
+            the cache folder for a GPU that was measured; "" is the device at hand, else "h100".
         optimizer: "adamw", "adamw-8bit", "sgd" or "sgd-momentum".
         lora: adapters of this rank on every linear of a model that is given by name.
         dtype: of a model that is given by name.

@@ -85,7 +85,7 @@ def plan(
     batch: _Batch = 1,
     sequence: _Sequence = 0,
     budget: Annotated[str, typer.Option(help="22GiB, 90%, bytes, or auto")] = "auto",
-    device: Annotated[str, typer.Option(help="h200, h100, a100 or a100-40gb")] = "",
+    device: Annotated[str, typer.Option(help="h200, h100, a100, a100-40gb, or a JSON file")] = "",
     optimizer: Annotated[
         str, typer.Option(help="adamw, adamw-8bit, sgd or sgd-momentum")
     ] = "adamw",
