@@ -169,11 +169,14 @@ def right_tile(
         tile = Tile(32, 32 if ranks < 64 else 16, 3, 4, 2)
     elif mode and limits.shared < _ROOMY:
         tile = Tile(32, 64, 4, 4, 2)
-    elif ranks << 2 * mode <= 64:  # three parts and a sum of their own take registers
+    elif mode:
+        # Tensor cores cut off what they add up: of 64 products the sum is nearer than float32's, of
+        # 128 it is not. Three parts and a sum of their own take registers.
+        tile = Tile(64, 64, 4, 4, 3 if ranks <= 32 else 2) if ranks <= 64 else Tile(64, 32, 4, 8, 1)
+    elif ranks <= 64:
         tile = Tile(64, 128, 4, 4, 2)
     else:
-        columns = 64 if ranks <= 64 else 32
-        tile = Tile(64, columns, 4, 8, 1) if mode else Tile(128, 64, 4, 8, 1)
+        tile = Tile(128, 64, 4, 8, 1)
     while True:
         step = tile.columns * (tile.rows * item + ranks * thin_item)
         if fits := _fitting(tile, step, 0, limits):
