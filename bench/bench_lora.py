@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import place
 import torch
 import torch.nn.functional as F
-from roofline import table
+from roofline import interleaved, table
 
 from fusewright.kernels import lora, lora_products, room, thin
 from fusewright.kernels.lora_group import Group, plan
@@ -191,28 +190,6 @@ def graph(run: Run, pool: Any) -> Run:
 def pool_of_graphs() -> Any:
     """A pool of memory for ``graph``."""
     return torch.cuda.graph_pool_handle() if place.ON_GPU else None
-
-
-def _milliseconds(run: Run) -> float:
-    if not place.ON_GPU:
-        begun = time.perf_counter()
-        run()
-        return (time.perf_counter() - begun) * 1e3
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
-
-
-def interleaved(runs: dict[str, Run], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each, taken in turn; the first two rounds do not count."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats + 2):
-        for name, run in runs.items():
-            times[name].append(_milliseconds(run))
-    return {name: statistics.median(found[2:]) for name, found in times.items()}
 
 
 def agree(run: Run, peft: Run) -> None:

@@ -22,12 +22,11 @@ from bench_lora import (
     Setting,
     agree,
     graph,
-    interleaved,
     layers,
     pool_of_graphs,
     run,
 )
-from roofline import table
+from roofline import interleaved, table
 
 from fusewright.kernels import nf4, qlora
 from fusewright.kernels.lora_group import Group, plan

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from measured import BF16, FORM, PLAIN, late, liger, random, record
 from place import DEVICE, ON_GPU
-from roofline import milliseconds, peak_mebibytes, root_mean_square
+from roofline import Run, interleaved, milliseconds, peak_mebibytes, root_mean_square
 
 from fusewright.kernels import linear_cross_entropy as head
 from fusewright.kernels.cross_entropy import LossForm
@@ -17,16 +17,6 @@ from fusewright.kernels.head_gradients import matmul_wide
 from fusewright.kernels.linear_cross_entropy import chunk_rows
 
 OPS = torch.ops.fusewright
-
-
-def gemm_floors(x: torch.Tensor, weight: torch.Tensor) -> tuple[float, float, float]:
-    """Milliseconds of logits, dx and dW as one bare bfloat16 GEMM each."""
-    logits = x @ weight.t()
-    return (
-        milliseconds(lambda: x @ weight.t(), repeats=7, warmup=2),
-        milliseconds(lambda: logits @ weight, repeats=7, warmup=2),
-        milliseconds(lambda: logits.t() @ x, repeats=7, warmup=2),
-    )
 
 
 def bench_chunk(x: torch.Tensor, weight: torch.Tensor, trained: bool) -> None:
@@ -53,27 +43,39 @@ def bench_chunk(x: torch.Tensor, weight: torch.Tensor, trained: bool) -> None:
         record(name, (step, hidden, vocab), "chunk", ms)
 
 
+def beside_gemms(
+    x: torch.Tensor, weight: torch.Tensor, trained: bool, forward: Run, backward: Run
+) -> tuple[float, float, dict[str, float]]:
+    """Milliseconds of both directions, and of one bare GEMM each for logits, dx and dW, in turns."""
+    logits = x @ weight.t()
+    runs: dict[str, Run] = {"logits": lambda: x @ weight.t(), "dx": lambda: logits @ weight}
+    if trained:
+        runs["dW"] = lambda: logits.t() @ x
+    found = interleaved(runs | {"forward": forward, "backward": backward}, 7)
+    return found.pop("forward"), found.pop("backward"), found
+
+
 def bench_linear(rows: int, hidden: int, vocab: int, trained: bool, peers: bool) -> None:
     """The chunked head and loss over the bare GEMMs that it cannot do without."""
     x, weight = random(rows, hidden), random(vocab, hidden, scale=0.02)
     labels = torch.randint(vocab, (rows,), device=DEVICE)
-    floors = gemm_floors(x, weight)
-    floor = sum(floors) if trained else floors[0] + floors[1]
-    for part, ms in zip(("logits", "dx", "dW"), floors, strict=True):
-        record("GEMM " + part, (rows, hidden, vocab), "whole", ms)
     bench_chunk(x, weight, trained)
-    needs = (True, trained, False)
+    needs, one = (True, trained, False), torch.ones((), device=DEVICE)
 
     def forward() -> Any:
         return OPS.linear_cross_entropy_forward(x, weight, None, labels, None, *FORM, *needs)
 
-    ms = milliseconds(forward, repeats=5, warmup=2)
     peak = peak_mebibytes(forward)
     held = (x.numel() + (weight.numel() if trained else 0)) * 4 / 2**20
-    saved, one = forward()[1:], torch.ones((), device=DEVICE)
-    back = milliseconds(
-        lambda: OPS.linear_cross_entropy_backward(one, *saved, BF16, *needs), repeats=5
-    )
+    saved = forward()[1:]
+
+    def backward() -> Any:
+        return OPS.linear_cross_entropy_backward(one, *saved, BF16, *needs)
+
+    ms, back, gemms = beside_gemms(x, weight, trained, forward, backward)
+    floor = sum(gemms.values())
+    for part, gemm in gemms.items():
+        record("GEMM " + part, (rows, hidden, vocab), "whole", gemm)
     name, shape = "head+loss " + ("trained" if trained else "frozen"), (rows, hidden, vocab)
     record(name, shape, "forward", ms, gemm=ms / floor, **{"peak MiB": peak})
     record(name, shape, "less dx dW", 0.0, **{"peak MiB": peak - held})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,29 @@ def milliseconds(run: Run, repeats: int = 21, warmup: int = 3) -> float:
         end.record()
     torch.cuda.synchronize()
     return statistics.median(b.elapsed_time(e) for b, e in pairs)
+
+
+def interleaved(runs: Mapping[str, Run], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each, taken in turn; the first two rounds do not count.
+
+    For ratios: a GPU that has worked for a while has slower clocks, for all of them alike.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats + 2):
+        for name, run in runs.items():
+            times[name].append(_timed(run))
+    return {name: statistics.median(found[2:]) for name, found in times.items()}
+
+
+def _timed(run: Run) -> float:
+    if not torch.cuda.is_available():
+        return _once(run)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
 
 
 def _once(run: Run) -> float:
