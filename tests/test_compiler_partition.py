@@ -95,7 +95,11 @@ def test_inductor_takes_the_same_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     half = len(joined) // 2  # the same rewrites of the backward half on both ways
     assert 0 not in joined and any(folded) and joined[:half] == joined[half:]
     assert folded[:half] == folded[half:]
-    assert partitioned(models_["inductor"]) == partitioned(models_["fx"])
+    told = {how: partitioned(m) for how, m in models_.items()}
+    for path, inductor in told["inductor"].items():
+        fx = told["fx"][path]  # the halves of plain FX write over values, so that less runs again
+        assert (fx.level, fx.saved) == (inductor.level, inductor.saved)
+        assert {*inductor.recomputed} - {*fx.recomputed} == {"rope"}
     batch, paths = models.batch(), list(partitioned(models_["fx"]))
     sizes = [saved_bytes(m, paths, batch) for m in models_.values()]
     assert sizes[0] == sizes[1]
