@@ -41,7 +41,8 @@ def pieces(
 
     def piece(start: int, heads: int) -> torch.Tensor:
         columns = whole.narrow(-1, start, heads * width)
-        return columns.unflatten(-1, (heads, width)).transpose(1, 2)
+        x: torch.Tensor = columns.unflatten(-1, (heads, width)).transpose(1, 2)
+        return x
 
     return piece(q_start, q_heads), piece(k_start, k_heads) if k_heads else None
 
