@@ -190,14 +190,22 @@ def _views_beside(rope: fx.Node, q: _Heads, k: _Heads | None) -> list[fx.Node] |
                 if user.target not in _PLAIN:
                     return None
                 views.add(user)
-                piece = ir.as_slice(user)
-                own = piece is not None and piece[0] is q.whole and piece[1] == 2
-                waiting.append((user, range(piece[2], piece[3]) if own and piece else columns))
+                waiting.append((user, _columns(user, q.whole, columns)))
             elif user is not rope:
                 apart = all(columns.stop <= t.start or t.stop <= columns.start for t in turned)
                 if not apart or not _reads(user) or behind[user] < behind[rope]:
                     return None
     return sorted(views, key=behind.__getitem__)
+
+
+def _columns(view: fx.Node, whole: fx.Node, within: range) -> range:
+    """Columns of the whole that a view of a view may hold, of which the other holds ``within``."""
+    if ir.is_tensor(view) and 0 in ir.shape(view):
+        return range(0)
+    piece = ir.as_slice(view)
+    if piece is None or piece[0] is not whole or piece[1] != 2:
+        return within
+    return range(piece[2], piece[3])
 
 
 def _reads(user: fx.Node) -> bool:

@@ -145,12 +145,21 @@ def q_alone(x: Any, w: Any, cos: Any, sin: Any) -> Any:
     return attended(rotated(q, None, cos, sin)[0], k, v)
 
 
+def with_nothing_behind(x: Any, w: Any, cos: Any, sin: Any) -> Any:
+    q, k, v = map(heads, (x @ w).split([32, 16, 16], -1))
+    turned = rotated(q, k, cos, sin)
+    whole = [torch.cat((y, y0[..., 16:]), -1) for y, y0 in zip(turned, (q, k), strict=True)]
+    return attended(*whole, v)
+
+
 def one_after_the_other(x: Any, w: Any, cos: Any, sin: Any) -> Any:
     q, k, v = map(heads, (x @ w).split([32, 16, 16], -1))
     return attended(rotated(q, None, cos, sin)[0], rotated(k, None, sin, cos)[0], v)
 
 
-@pytest.mark.parametrize("computation", [plain, with_v_first, q_alone, one_after_the_other])
+@pytest.mark.parametrize(
+    "computation", [plain, with_v_first, q_alone, with_nothing_behind, one_after_the_other]
+)
 def test_what_is_written_over(computation: Computation) -> None:
     got, ops, told = run(computation, True, False)
     wanted, before, alone = run(computation, False, False)
@@ -299,3 +308,35 @@ def test_what_was_saved_is_not_written_over() -> None:
     args = (whole, cos, sin, "half", 16, 0, 2, 32, 1, 16)
     graph.output(graph.call_function(torch.ops.fusewright.rope_over.default, args))
     assert rope_over.write(fx.GraphModule(torch.nn.Module(), graph)) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_on_a_gpu_a_layer_launches_two_rotations(
+    checkpoint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    batch = {k: v.cuda() for k, v in models.batch(rows=2, length=64).items()}
+    place = rope_over.place
+    found = {}
+    for over in (True, False):
+        monkeypatch.setattr(rope_over, "place", place if over else lambda graph: 0)
+        torch.manual_seed(0)
+        built = checkpointed() if checkpoint else lora()()
+        model = fusewright.optimize(built.to(torch.bfloat16).cuda(), lowering="fx", strict=True)
+        for _ in range(3):  # verified, seen, recorded
+            step = training.train_step(model, batch, seed=3)
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+            repeated = training.train_step(model, batch, seed=3)
+            torch.cuda.synchronize()
+        on_gpu = [e for e in profiled.events() if e.device_type is torch.autograd.DeviceType.CUDA]
+        launched = [e for e in on_gpu if e.name == "rope_kernel"]
+        found[over] = step, repeated, len(launched)
+    (*ours, count), (*theirs, before) = found[True], found[False]
+    runs = 3 if checkpoint else 2  # a checkpoint's second forward rotates what it has made anew
+    assert count == runs * models.LAYERS and before == 3 * models.LAYERS
+    for step, expected in zip(ours, theirs, strict=True):
+        assert torch.equal(step.loss, expected.loss)
+        for key, grad in expected.grads.items():
+            assert torch.equal(step.grads[key], grad), key
