@@ -63,7 +63,14 @@ def _memory(model: nn.Module, catalogue: Sequence[Pattern], session: Session) ->
 
         with modules.uninstalled(model):
             bare = without_weights(model)
-        made = Planner(bare, text_inputs(bare), catalogue, _where(model, device), sizes)
+        made = Planner(
+            bare,
+            text_inputs(bare),
+            catalogue,
+            _where(model, device),
+            sizes,
+            lowering=session.options.lowering,
+        )
         # What the first capture of a block would ask for: it is not thrown away then.
         for _, block in regions.find(model).blocks:
             cls = modules.original_class(block) if modules.installed(block) else type(block)

@@ -20,7 +20,7 @@ from torch._guards import TracingContext
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.graph import _BoxedCodeGen
 
-from fusewright.compiler import ir
+from fusewright.compiler import ir, rope_over
 from fusewright.compiler.partition import Asked
 from fusewright.compiler.rerun import fits_inductor
 from fusewright.runtime.region import Layout, Values, fitting, joined, watched
@@ -86,6 +86,8 @@ class Halves:
     ) -> None:
         """Take down how the joint graph was split; ``again`` is the forward without its results."""
         self._ends = _Ends.of(forward.graph, backward.graph, results)
+        if again is not None:
+            rope_over.write(again)  # the halves themselves where they are compiled
         if again is not None and len(_outputs(again.graph)) == len(self._ends.made) - results:
             self._rerun = again
 

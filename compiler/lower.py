@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusewright.compiler import ir, partition, summed_products
+from fusewright.compiler import ir, partition, rope_over, summed_products
 from fusewright.compiler.halves import Halves, at_once, plain_python
 from fusewright.compiler.partition import Asked
 from fusewright.compiler.tiles import Parts, tokens
@@ -111,7 +111,9 @@ def _inductor(
     from fusewright.compiler.inductor_partition import Partitioner
 
     halves = Halves(gm.graph, False)
-    patches["custom_partitioner_fn"] = Partitioner(replace(splitting, split=halves.split))
+    patches["custom_partitioner_fn"] = Partitioner(
+        replace(splitting, split=halves.split, over=False)
+    )
 
     def inner(graph: fx.GraphModule, inputs: Any, **given: Any) -> Any:
         made = compile_fx_inner(graph, inputs, **given)
@@ -139,6 +141,7 @@ def _split_fx(
             context.fw_metadata.bw_donated_idxs = []
         if not forward:
             summed_products.accumulate(graph)
+        rope_over.write(graph)
         boxed = plain_python(graph)
         halves.compiled(boxed, forward)
         return boxed

@@ -25,6 +25,7 @@ from fusewright.compiler import (
     gated_layers,
     pieces,
     residual_backward,
+    rope_over,
 )
 from fusewright.compiler.joint import Joint
 from fusewright.compiler.recompute import is_symbol, moved
@@ -66,6 +67,8 @@ class Asked:
             them, if that is less to compute.
         repeats: called once if the forward can be run again by itself; gives a function that tells,
             for each call, whether it shall be.
+        over: whether the halves may write over values of their own (``rope_over``): Inductor has its
+            own way to reuse memory.
     """
 
     level: str
@@ -78,6 +81,7 @@ class Asked:
         None
     )
     repeats: Callable[[], Callable[[], bool]] | None = None
+    over: bool = True
 
     @classmethod
     def of(cls, graph: fx.Graph, level: str, tell: Callable[[Partitioned], None]) -> Asked:
@@ -136,11 +140,15 @@ def partition(
     joint.graph.eliminate_dead_code()
     joint.graph = fx_graph_cse(joint.graph)  # torch's own first step: the cut must see its outcome
     joint.recompile()
+    marked = any(n.meta.get("recompute") is not None for n in joint.graph.nodes)
+    if asked.over and not marked:
+        rope_over.place(joint.graph)
+        joint.recompile()
     static = asked.static(joint.graph, static_lifetime_input_indices)
     read = Joint.read(joint.graph, num_fwd_outputs, static)
     if asked.look is not None:
         asked.look(read)
-    if not any(n.meta.get("recompute") is not None for n in joint.graph.nodes):
+    if not marked:
         asked.tell(split(read, asked))  # else the user's own checkpoint has marked it
     given["num_fwd_outputs"] = num_fwd_outputs
     if static_lifetime_input_indices is not None:

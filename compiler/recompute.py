@@ -71,8 +71,8 @@ def is_view(node: fx.Node) -> bool:
 
 
 def base(node: fx.Node) -> fx.Node:
-    """Whose memory the node's value lies in."""
-    while is_view(node):
+    """Whose memory the node's value lies in; what is written over another value lies in that one's."""
+    while is_view(node) or ir.own_name(node) == "rope_over":
         node = ir.argument(node, 0)
     return node
 

@@ -30,6 +30,7 @@ def catalogue() -> tuple[OpSpec, ...]:
         rms_norm,
         roomy,
         rope,
+        rope_over,
     )
 
     families = (
@@ -37,6 +38,7 @@ def catalogue() -> tuple[OpSpec, ...]:
         add_rms_norm,
         layer_norm,
         rope,
+        rope_over,
         qk_norm_rope,
         activations,
         glu,

@@ -32,6 +32,7 @@ import torch
 
 from fusewright.kernels import rope_kernels
 from fusewright.kernels.launch import launchable
+from fusewright.kernels.recording import recorder
 from fusewright.kernels.reduce import absent, compute_dtype
 from fusewright.kernels.rows import check_rows, empty_ordered, leading_order
 from fusewright.kernels.spec import OpSpec
@@ -127,17 +128,35 @@ def _check_table(table: torch.Tensor, q: torch.Tensor, rotary_dim: int, name: st
         raise ValueError(f"{name}: expected the device of q {q.device}, got {table.device}")
 
 
+def turn(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    layout: str,
+    rotary_dim: int,
+) -> None:
+    """Fill ``out``, which may be ``x``, with ``x`` rotated."""
+    _turn(out, x, _angles(cos, sin, layout, rotary_dim, compute_dtype(x, cos)), layout, rotary_dim)
+
+
 def _turn(
-    out: torch.Tensor, x: torch.Tensor, angles: Angles, layout: str, rotary_dim: int, back: bool
+    out: torch.Tensor,
+    x: torch.Tensor,
+    angles: Angles,
+    layout: str,
+    rotary_dim: int,
+    back: bool = False,
 ) -> torch.Tensor:
-    """Fill ``out`` with ``x`` rotated, or rotated by the transpose."""
+    """Fill ``out``, which may be ``x``, with ``x`` rotated, or rotated by the transpose."""
     dtype = angles.c1.dtype
     given, made = ends(layout)[::-1] if back else ends(layout)
     pieces = split(x[..., :rotary_dim].to(dtype), given)
     turned = (unrotate if back else rotate)(*pieces, angles)
     for target, value in zip(split(out[..., :rotary_dim], made), turned, strict=True):
         target.copy_(value)
-    out[..., rotary_dim:].copy_(x[..., rotary_dim:])
+    if out is not x:
+        out[..., rotary_dim:].copy_(x[..., rotary_dim:])
     return out
 
 
@@ -152,10 +171,9 @@ def reference_fwd(
 ) -> _Pair:
     """q and k rotated, in plain PyTorch; see the module's header."""
     q_out, k_out = _fake_fwd(q, k, cos, sin, layout, rotary_dim, out_dtype)
-    angles = _angles(cos, sin, layout, rotary_dim, compute_dtype(q, cos))
-    _turn(q_out, q, angles, layout, rotary_dim, back=False)
+    turn(q_out, q, cos, sin, layout, rotary_dim)
     if k is not None:
-        _turn(k_out, k, angles, layout, rotary_dim, back=False)
+        turn(k_out, k, cos, sin, layout, rotary_dim)
     return q_out, k_out
 
 
@@ -197,6 +215,9 @@ def triton_fwd(
     q_out, k_out = _fake_fwd(q, k, cos, sin, layout, rotary_dim, out_dtype)
     to = k_out if k is not None else None
     rope_kernels.turn(q, k, q_out, to, cos, sin, layout, rotary_dim, back=False)
+    if recorder.rehearsing and out_dtype is q.dtype and q.stride() != q_out.stride():
+        # Columns of a wider tensor: what is lowered may write over them (``rope_over``).
+        rope_kernels.turn(q, k, q, k, cos, sin, layout, rotary_dim, back=False, over=True)
     return q_out, k_out
 
 

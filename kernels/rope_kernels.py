@@ -104,9 +104,12 @@ def rope_kernel(
     cos_batch, cos_token, sin_batch, sin_token,
     BACK: tl.constexpr, INTERLEAVED: tl.constexpr, TO_PAIRS: tl.constexpr, FULL: tl.constexpr,
     ROTARY: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PASS: tl.constexpr,
-    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, STEPS: tl.constexpr,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, STEPS: tl.constexpr, OVER: tl.constexpr,
 ):  # fmt: skip
-    """q and k turned; either may be absent. INTERLEAVED: what is read; TO_PAIRS: what is written."""
+    """q and k turned; either may be absent. INTERLEAVED: what is read; TO_PAIRS: what is written.
+
+    OVER: they are written where they were read, so features that do not turn are there already.
+    """
     HALF: tl.constexpr = ROTARY // 2
     batch = (tl.program_id(0) // tokens).to(tl.int64)
     token = (tl.program_id(0) % tokens).to(tl.int64)
@@ -133,15 +136,17 @@ def rope_kernel(
             at = batch * k_out_batch + token * k_out_token + head.to(tl.int64) * k_out_head
             k_to = k_out_ptr + at
             k1, k2 = _load_pairs(k_from, pairs, k_there, HALF, BLOCK, INTERLEAVED)
+        if OVER:
+            tl.debug_barrier()  # another thread may be the one that stores where this one loads
         if q_ptr is not None:
             y1, y2 = _turn(q1, q2, c1, s1, c2, s2, BACK)
             _store_pairs(q_to, y1, y2, pairs, q_there, HALF, BLOCK, TO_PAIRS)
-            if ROTARY < WIDTH:
+            if ROTARY < WIDTH and not OVER:
                 _pass(q_from, q_to, q_there, ROTARY, WIDTH, PASS)
         if k_ptr is not None:
             y1, y2 = _turn(k1, k2, c1, s1, c2, s2, BACK)
             _store_pairs(k_to, y1, y2, pairs, k_there, HALF, BLOCK, TO_PAIRS)
-            if ROTARY < WIDTH:
+            if ROTARY < WIDTH and not OVER:
                 _pass(k_from, k_to, k_there, ROTARY, WIDTH, PASS)
 
 
@@ -202,8 +207,12 @@ def turn(
     layout: str,
     rotary_dim: int,
     back: bool,
+    over: bool = False,
 ) -> None:
-    """Turn q into q_out and k into k_out; either pair may be absent, and empty tensors are left."""
+    """Turn q into q_out and k into k_out; either pair may be absent, and empty tensors are left.
+
+    ``over``: q_out is q and k_out is k, whose features are contiguous and which do not overlap.
+    """
     q, k = (_features_contiguous(t) for t in (q, k))
     shaped = q if q is not None else k
     if shaped is None or not shaped.shape[0] * shaped.shape[2] * shaped.shape[3]:
@@ -222,6 +231,6 @@ def turn(
             (shaped.shape[2], *heads, *_strides(q), *_strides(k), *_strides(q_out),
              *_strides(k_out), *cos_strides, *sin_strides),
             (back, given, made, cos.shape[-1] == rotary_dim, rotary_dim, width,
-             _power_of_two(half), _power_of_two(width - rotary_dim), *cut[:3]),
+             _power_of_two(half), _power_of_two(width - rotary_dim), *cut[:3], over),
             cut.warps,
         )  # fmt: skip

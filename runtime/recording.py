@@ -225,7 +225,9 @@ class _Writer:
         return name
 
     def _results(self, out: Any) -> str:
-        """The results, in tuples and lists as they were."""
+        """The results, in tuples and lists as they were; None of what writes into its arguments."""
+        if out is None:
+            return "None"
         if isinstance(out, torch.Tensor):
             if self.origins.place(out).origin < self.count:
                 raise Unknown  # an argument handed back

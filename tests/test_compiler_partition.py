@@ -72,8 +72,7 @@ def test_fewer_bytes_as_predicted_and_the_same_bits(
                 assert {"glu", "glu_packed"} & set(told.recomputed)
                 rows, width = 32, models.HIDDEN  # float32; two norms, a gated unit of two widths
                 least = 4 * rows * (2 * width + (2 * width if "dropout" in name else 0))
-                if name != "full":  # v is a part of their one product, which is saved for it anyway
-                    least += 4 * rows * (width + width // 2)
+                assert "rope" not in told.recomputed  # it is written over what v is a part of
                 assert told.kept - told.saved >= least
 
 
@@ -95,7 +94,11 @@ def test_inductor_takes_the_same_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     half = len(joined) // 2  # the same rewrites of the backward half on both ways
     assert 0 not in joined and any(folded) and joined[:half] == joined[half:]
     assert folded[:half] == folded[half:]
-    assert partitioned(models_["inductor"]) == partitioned(models_["fx"])
+    told = {how: partitioned(m) for how, m in models_.items()}
+    for path, inductor in told["inductor"].items():
+        fx = told["fx"][path]  # the halves of plain FX write over values, so that less runs again
+        assert (fx.level, fx.saved) == (inductor.level, inductor.saved)
+        assert {*inductor.recomputed} - {*fx.recomputed} == {"rope"}
     batch, paths = models.batch(), list(partitioned(models_["fx"]))
     sizes = [saved_bytes(m, paths, batch) for m in models_.values()]
     assert sizes[0] == sizes[1]

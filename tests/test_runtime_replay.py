@@ -110,6 +110,17 @@ def test_a_plan_repeats_the_host_function(ops: Any, name: str) -> None:
         assert CALLS[name] == CALLS[name + "_backward"] == count, "the plan was not taken"
 
 
+def test_what_writes_into_its_argument_and_gives_nothing(ops: Any) -> None:
+    op.register_all()
+    for count in (1, 2, 2, 2, 2):
+        whole = _new(2, 3, 128)
+        args = (_new(1, 1, 3, 16), _new(1, 1, 3, 16), "half", 16, 0, 4, 64, 2, 16)
+        wanted = torch.ops.fusewright.rope_over(whole, *args)
+        assert ops.rope_over_(whole, *args) is None
+        torch.testing.assert_close(whole, wanted)
+        assert CALLS["rope_over_"] == count, "the plan was not taken"
+
+
 def test_other_pointers_and_shapes_take_the_host_function(ops: Any) -> None:
     call, rest = ops.activation, ("tanh", F32)
     for _ in range(3):

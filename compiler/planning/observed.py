@@ -154,14 +154,18 @@ class _Seen(Exception):
         self.joint = joint
 
 
-def joint_of(gm: fx.GraphModule) -> Joint | None:
+def joint_of(gm: fx.GraphModule, over: bool) -> Joint | None:
     """The joint graph of a block or a part of one, of which what is trained or made inside wants
-    gradients; None where nothing does."""
+    gradients; None where nothing does.
+
+    ``over``: whether its halves may write over their values (``partition.Asked``).
+    """
 
     def look(joint: Joint) -> None:
         raise _Seen(joint)
 
-    asked = dataclasses.replace(Asked.of(gm.graph, "keep", lambda chosen: None), look=look)
+    asked = Asked.of(gm.graph, "keep", lambda chosen: None)
+    asked = dataclasses.replace(asked, look=look, over=over)
     inputs = [_like(n) for n in gm.graph.find_nodes(op="placeholder")]
     try:
         with torch.enable_grad():
@@ -183,13 +187,19 @@ def _like(node: fx.Node) -> Any:
     return made.requires_grad_(bool(node.meta.get("requires_grad")))
 
 
-def observe(model: nn.Module, catalogue: Sequence[Pattern], inputs: Mapping[str, Any]) -> Observed:
+def observe(
+    model: nn.Module,
+    catalogue: Sequence[Pattern],
+    inputs: Mapping[str, Any],
+    over: bool = True,
+) -> Observed:
     """One forward pass on meta tensors.
 
     Args:
         model: its parameters are meta tensors; its classes are put back afterwards.
         catalogue: the patterns.
         inputs: the forward's keyword arguments: integers on the CPU, but ``labels`` on meta.
+        over: whether the blocks will run as plain FX, whose halves write over their values.
 
     Raises:
         NotPlannable: no block could be captured; the message says why.
@@ -213,7 +223,7 @@ def observe(model: nn.Module, catalogue: Sequence[Pattern], inputs: Mapping[str,
     seen.wishes = session.wishes
     for gm, paths in session.blocks():
         parts = tiles.split(gm)
-        joint = joint_of(gm)
+        joint = joint_of(gm, over)
         if joint is not None:
             seen.joints.append((joint, parts, paths))
     captured = {p for *_, paths in seen.joints for p in paths}

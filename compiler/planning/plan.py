@@ -126,6 +126,7 @@ class Planner:
         device: what the step will run on.
         sizes: (batch, sequence) of the step.
         optimizer: a name of ``footing.OPTIMIZERS``.
+        lowering: as for ``fusewright.optimize``.
     """
 
     def __init__(
@@ -136,20 +137,23 @@ class Planner:
         device: Device,
         sizes: tuple[int, int],
         optimizer: str = "adamw",
+        lowering: str = "auto",
     ) -> None:
         batch, sequence = sizes
+        on_gpu = device.limits is not None
+        over = lowering == "fx" or (lowering == "auto" and not on_gpu)
         # A size of one would be a constant, and equal ones the same symbol.
         traced = (batch + (batch in (1, sequence)), sequence)
         traced = (traced[0] + (traced[0] == sequence), sequence)
         self.device, self.sizes = device, sizes
-        seen = observed.observe(model, catalogue, inputs(*traced))
+        seen = observed.observe(model, catalogue, inputs(*traced), over)
         built = []
         self._tilings: list[Callable[[], None]] = []
         for joint, parts, paths in seen.joints:
             made = blocks.build(joint, traced, device, sizes)
             built.append((made, paths))
             if parts is not None:
-                self._tilings.append(functools.partial(_tile, made, parts, traced, device))
+                self._tilings.append(functools.partial(_tile, made, parts, traced, device, over))
         order = [path for path, _ in regions.find(model).blocks]
         owner = {path: b for b, paths in built for path in paths}
         self.blocks = [(path, owner[path]) for path in order if path in owner]
@@ -160,7 +164,6 @@ class Planner:
         width = weight.in_features if isinstance(weight, nn.Linear) else 0
         element = weight.weight.element_size() if isinstance(weight, nn.Linear) else 2
         found = footing.of(model, order, head, width * element, optimizer)
-        on_gpu = device.limits is not None
         self.footing = dataclasses.replace(
             found,
             host=device.host_memory,
@@ -298,10 +301,12 @@ def _formulas(ways: Sequence[tuple[blocks.Block, blocks.Choice]]) -> dict[str, s
     return {choice.label: str(block.formula(choice)) for block, choice in ways}
 
 
-def _tile(block: blocks.Block, parts: tiles.Parts, traced: tuple[int, int], device: Device) -> None:
+def _tile(
+    block: blocks.Block, parts: tiles.Parts, traced: tuple[int, int], device: Device, over: bool
+) -> None:
     """Add a block's choices with tiles, worked out for a row of enough tokens."""
     sizes = 1, 16 * tiles.TOKENS
-    built = tiling.build(parts, traced, device, sizes)
+    built = tiling.build(parts, traced, device, sizes, over)
     if built is not None:
         blocks.tile(block, built, device, sizes)
 

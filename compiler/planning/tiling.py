@@ -107,15 +107,15 @@ class Tiling:
 
 
 def build(
-    parts: tiles.Parts, traced: tuple[int, int], device: Device, sizes: tuple[int, int]
+    parts: tiles.Parts, traced: tuple[int, int], device: Device, sizes: tuple[int, int], over: bool
 ) -> Tiling | None:
     """The costs of a block's parts, and the choices of the first, in ``first.choices``.
 
-    None where a part wants no gradient: it saves nothing then.
+    None where a part wants no gradient: it saves nothing then. ``over`` as in ``observed.observe``.
     """
     from fusewright.compiler.planning.observed import joint_of
 
-    joints = joint_of(parts.first), joint_of(parts.tail)
+    joints = joint_of(parts.first, over), joint_of(parts.tail, False)
     if joints[0] is None or joints[1] is None:
         return None
     first, tail = (
