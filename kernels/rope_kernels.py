@@ -79,11 +79,15 @@ def _store_pairs(
 
 @triton.jit
 def _turn(x1, x2, c1, s1, c2, s2, BACK: tl.constexpr):
-    """``rotate``, or its transpose."""
+    """``rotate``, or its transpose.
+
+    Which of two products is rounded by itself is said here: a compiler's choice differs from one
+    variant of the kernel to the next, and bits would hang on how tensors are aligned.
+    """
     if BACK:
-        y1, y2 = x1 * c1 + x2 * s2, x2 * c2 - x1 * s1
+        y1, y2 = tl.fma(x1, c1, x2 * s2), tl.fma(x2, c2, -(x1 * s1))
     else:
-        y1, y2 = x1 * c1 - x2 * s1, x2 * c2 + x1 * s2
+        y1, y2 = tl.fma(x1, c1, -(x2 * s1)), tl.fma(x2, c2, x1 * s2)
     return y1, y2
 
 
