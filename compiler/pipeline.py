@@ -100,9 +100,10 @@ def _compile(
     try:
         session.require(wishes)
     except NeedsStorage as needed:
-        if record.matches:
-            needed.moved = foreseen  # the capture that follows is the same graph
-        raise
+        if not session.move_now(needed.wishes, (gm, canonical, rewritten), example_inputs):
+            if record.matches:
+                needed.moved = foreseen  # the capture that follows is the same graph
+            raise
     writer.graph("02_rewrite", rewritten)
     record.canonical, record.rewritten = canonical, rewritten
     told = session.note if session.options.logits == "chunked" else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fusewright.compiler import retell
 from fusewright.compiler.config import Options
 from fusewright.compiler.known import Known
 from fusewright.compiler.partition import Asked
@@ -228,6 +229,15 @@ class Session:
             missing = self.stored.missing(self._module, wishes)
             if missing:
                 raise NeedsStorage(missing)
+
+    def move_now(
+        self, wishes: Sequence[Wish], graphs: Sequence[fx.GraphModule], inputs: Sequence[Any]
+    ) -> bool:
+        """Move the running module's parameters within its compilation; False where that cannot be."""
+        module, path = self._module, self._running
+        return module is not None and retell.move(
+            wishes, graphs, inputs, lambda: self.stored.ask(module, path, wishes)
+        )
 
     def splitting(self, gm: fx.GraphModule, record: GraphRecord) -> Asked | None:
         """How a region's forward and backward are split where that is our choice: in blocks.
