@@ -5,6 +5,7 @@ The classes that ``optimize`` installs point here; nothing is global.
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from fusewright.compiler import retell
+from fusewright.compiler.asking import Streams
 from fusewright.compiler.config import Options
 from fusewright.compiler.known import Known
 from fusewright.compiler.partition import Asked
@@ -149,6 +151,7 @@ class Session:
         self.dropped_cache = False  # the model would have made itself one in this pass
         self.asked_device = "cuda"  # waiting for answers of the CPU's own is no wait
         self._ran: list[GraphRecord] = []
+        self.streams = Streams()
 
     def note(self, text: str) -> None:
         """Keep a line for the report, once."""
@@ -169,6 +172,12 @@ class Session:
         path = self.paths.get(module, "?")
         self._running, self._ran = path, ran
         outside, self._module = self._module, module
+        streamed = self.streams.now
+        if kind == "block":
+            several = functools.partial(self._several, module, path)
+            args, kwargs = self.streams.enter(compiled, module, args, kwargs, several)
+        else:
+            self.streams.now = None
         knew = self._known is not None and self._known.leave()  # compiled code is guarded on modes
         mark_rows(args)
         mark_rows(kwargs.values())
@@ -189,9 +198,14 @@ class Session:
                 gc.enable()
             revert()
             self._running, self._ran = outer
-            self._module = outside
+            self._module, self.streams.now = outside, streamed
             if knew and self._known is not None:
                 self._known.come_back()
+
+    def _several(self, module: nn.Module, path: str) -> bool:
+        """Whether other blocks run the code that is compiled for this one."""
+        alike = sum(type(m) is type(module) for m in self.paths) > 1
+        return alike and (self.memory is None or self.memory.shares(path))
 
     def _settle(self, path: str, module: nn.Module, ran: list[GraphRecord]) -> None:
         """Note that these graphs, several where the region breaks, are what ``module`` runs now."""
