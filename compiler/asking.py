@@ -95,6 +95,11 @@ class Streams:
         self.now = Stream(given, given is not found, run)
         return args, kwargs
 
+    @property
+    def asked(self) -> bool:
+        """Whether the stream of the block that runs now only seems to want a gradient."""
+        return self.now is not None and self.now.asked
+
     def true(self, values: Sequence[Any]) -> Sequence[Any]:
         """A graph's inputs as they are."""
         now = self.now

@@ -207,6 +207,7 @@ def _lower_for_both(
     inputs = asking.unasked(gm.graph, example_inputs, place)
     without = _lower(copy.deepcopy(gm), inputs, session, record, device)
     repeatable, record.repeatable = record.repeatable, False
+    record.without, record.partitioned = record.partitioned, None
     run = _lower(gm, example_inputs, session, record, device)
     record.repeatable = record.repeatable and repeatable
     return lambda *args: (run if args[place].requires_grad else without)(*args)

@@ -218,7 +218,7 @@ class Session:
             )
             return
         for record in ran:
-            record.modules.add(path)
+            record.runs(path, self.streams.asked)
         self.current[path] = ran
         self.uncaptured.pop(path, None)
         if all(r.kind == "leaf" and not r.matches for r in ran):
