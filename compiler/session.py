@@ -55,7 +55,7 @@ def dynamo_settings(kind: str) -> Callable[[], Callable[[], None]]:
     scales) stay literals. Rows of tensors are symbolic from the start (:func:`mark_rows`) and
     feature widths literal. Integers are literal in blocks; the head reads ones that change from step
     to step (a number of items), which Dynamo finds out. Fake tensors' results are not cached: with
-    symbolic sizes an entry costs more than it saves.
+    symbolic sizes an entry costs more than it saves. Garbage is left to Python to find.
     """
     import logging
 
@@ -69,6 +69,7 @@ def dynamo_settings(kind: str) -> Callable[[], Callable[[], None]]:
     changes: dict[str, Any] = {
         "specialize_float": True,
         "fake_tensor_cache_enabled": False,
+        "run_gc_after_compile": False,
         "recompile_limit": RECOMPILE_LIMIT,
         "accumulated_recompile_limit": 64 * RECOMPILE_LIMIT,
         ignored: _Functions(loggers | set(getattr(config, ignored))),
@@ -82,13 +83,15 @@ def _for_logs_alone(apply: Callable[[], Callable[[], None]]) -> Callable[[], Cal
     """The same settings, without what Dynamo does for its logs whether they are read or not.
 
     It times the guards that it makes and empties the processor's caches before, 40 to 70 ms for each
-    graph; and it tokenizes every file that the code is of, to name functions by their lines, 0.2 s.
+    graph; it tokenizes every file that the code is of, to name functions by their lines, 0.2 s; and of
+    every module that it meets it writes down all parameters below it by name, which are inputs anyway.
     """
-    from torch._dynamo import guards, symbolic_convert
+    from torch._dynamo import guards, output_graph, symbolic_convert
 
     spared = (
         (guards, "profile_guard_manager", lambda *_: 0.0),
         (symbolic_convert, "get_funcname", lambda *_: None),
+        (output_graph.OutputGraph, "add_fqn_info_for_inlined_modules", lambda *_: None),
     )
     known = [(owner, name, instead) for owner, name, instead in spared if hasattr(owner, name)]
 
