@@ -72,6 +72,7 @@ class AbstractSession(Session):
         # Whatever the environment says: there are no values that could be verified.
         super().__init__(dataclasses.replace(options, verify="off"))
         self._mixed: Mixed | None = None
+        self.streams.used = False  # nothing is lowered, so that a gradient more costs nothing
 
     def splitting(self, gm: fx.GraphModule, record: GraphRecord) -> Asked | None:
         """Not split: nothing is trained here."""

@@ -17,7 +17,6 @@ from fusewright.compiler.records import Binding
 from fusewright.compiler.session import Session
 from fusewright.runtime import module as modules
 from fusewright.runtime.op import register_all
-from fusewright.runtime.rehearsal import prepare
 
 if TYPE_CHECKING:
     from fusewright.compiler.planning.devices import Device
@@ -40,8 +39,6 @@ def optimize(
     session = Session(Options.build(catalogue, **options))
     for line in notes:
         session.note(line)
-    if any(p.is_cuda for p in model.parameters()):
-        prepare()
     found = regions.find(model)
     register_all()
     if found.head is None:

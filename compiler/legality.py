@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from fusewright.compiler import ir
 from fusewright.compiler.prove import Candidate
@@ -111,11 +112,28 @@ def mutations(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable:
             continue
-        for argument, value in zip(schema.arguments, node.args, strict=False):
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(value, fx.Node):
-                found.append((node, storage_root(value)))
+        named = dict(zip((a.name for a in schema.arguments), node.args, strict=False))
+        named |= node.kwargs
+        for argument in schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                values = tree_leaves(named.get(argument.name))
+                found += [(node, storage_root(v)) for v in values if isinstance(v, fx.Node)]
     return found
+
+
+def written(graph: fx.Graph) -> frozenset[int]:
+    """Places of the inputs that the graph writes to.
+
+    A cast may hand on what it was given, and does where all is float64: what is written behind one
+    counts as its input's.
+    """
+    found = set()
+    for _, root in mutations(graph):
+        while ir.is_cast(root) and isinstance(root.args[0], fx.Node):
+            root = storage_root(root.args[0])
+        found.add(root)
+    inputs = graph.find_nodes(op="placeholder")
+    return frozenset(place for place, node in enumerate(inputs) if node in found)
 
 
 def _mutation(candidate: Candidate, position: dict[fx.Node, int], insertion: int) -> None:

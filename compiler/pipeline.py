@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusewright.compiler import autocast, dump, ir, known, lazy, lower, rewrite, storage
+from fusewright.compiler import asking, autocast, dump, ir, known, lazy, lower, rewrite, storage
 from fusewright.compiler.foresee import foresee
 from fusewright.compiler.known import Known
 from fusewright.compiler.match import Match, find
@@ -93,16 +93,22 @@ def _compile(
         deferred = match_and_rewrite(rewritten, session, record)
         wishes = storage.wishes(settle(rewritten, session), gm.graph, rewritten.graph)
 
+    place, real = (
+        session.streams.place(canonical.graph, example_inputs),
+        [*session.streams.true(example_inputs)],
+    )
+
     def foreseen() -> Known:
         with unseen_by_checkpoints():  # also where it is called later, outside of the compilation
-            return _foreseen(canonical, rewritten, example_inputs, session, record, device)
+            return _foreseen(canonical, rewritten, real, session, record, device)
 
     try:
         session.require(wishes)
     except NeedsStorage as needed:
-        if record.matches:
-            needed.moved = foreseen  # the capture that follows is the same graph
-        raise
+        if not session.move_now(needed.wishes, (gm, canonical, rewritten), example_inputs):
+            if record.matches:
+                needed.moved = foreseen  # the capture that follows is the same graph
+            raise
     writer.graph("02_rewrite", rewritten)
     record.canonical, record.rewritten = canonical, rewritten
     told = session.note if session.options.logits == "chunked" else None
@@ -114,11 +120,12 @@ def _compile(
         return _tracked(gm.forward, session, record)
     before = foreseen()
     with _timed(record, "lower"):
-        run = _lower(rewritten, example_inputs, session, record, device)
+        run = _lower_for_both(rewritten, example_inputs, session, record, device, place)
     run = run if deferred is None else lazy.attach(run, deferred, told)
     if session.options.verify == "first_step":
         plain = readable(canonical, session)
-        run = _verified(run, (canonical, plain), rewritten, record, session, device, before)
+        graphs = canonical, plain, rewritten
+        run = _verified(run, graphs, record, session, device, before, place)
     writer.done()
     return _tracked(run, session, record)
 
@@ -164,6 +171,7 @@ def _compile_checkpointed(
     The checkpoint's node does not keep the random state by itself: run as plain FX it gives other
     dropout masks in the recompute. AOTAutograd handles it, so such a graph is always lowered by it.
     """
+    session.streams.part()
     writer.graph("00_capture", gm)
     for name in dict.fromkeys(bodies):
         with _timed(record, "normalize"):
@@ -183,6 +191,26 @@ def _compile_checkpointed(
     record.verdict.reason = "a checkpoint inside the region is not verified at run time"
     writer.done()
     return _tracked(run, session, record)
+
+
+def _lower_for_both(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    session: Session,
+    record: GraphRecord,
+    device: str | None,
+    place: int | None,
+) -> Callable[..., Any]:
+    """The lowered graph; for a stream at ``place`` that wants a gradient, and for one that wants none."""
+    if place is None:
+        return _lower(gm, example_inputs, session, record, device)
+    inputs = asking.unasked(gm.graph, example_inputs, place)
+    without = _lower(copy.deepcopy(gm), inputs, session, record, device)
+    repeatable, record.repeatable = record.repeatable, False
+    record.without, record.partitioned = record.partitioned, None
+    run = _lower(gm, example_inputs, session, record, device)
+    record.repeatable = record.repeatable and repeatable
+    return lambda *args: (run if args[place].requires_grad else without)(*args)
 
 
 def _lower(
@@ -278,41 +306,47 @@ def settle(gm: fx.GraphModule, session: Session) -> list[storage.Storage]:
 
 def _verified(
     run: Callable[..., Any],
-    captured: tuple[fx.GraphModule, fx.GraphModule],
-    rewritten: fx.GraphModule,
+    graphs: tuple[fx.GraphModule, fx.GraphModule, fx.GraphModule],
     record: GraphRecord,
     session: Session,
     device: str | None,
     before: Known,
+    place: int | None,
 ) -> Callable[..., Any]:
     """Verify at the first run, on its real inputs; fall back to the captured graph if refused.
 
-    ``captured`` is the canonical graph, and the same as it runs in float64. What was found of an equal
-    graph ``before`` is not found again.
+    ``graphs`` are the canonical one, the same as it runs in float64, and the rewritten one. What was found
+    of an equal graph ``before`` is not found again. A graph for streams with a gradient and without, which
+    have their ``place``, has two first runs.
     """
-    canonical, plain = captured
-    chosen: list[Callable[..., Any]] = []
+    canonical, plain, rewritten = graphs
+    chosen: dict[bool, Callable[..., Any]] = {}
+
+    def decide(args: Any) -> Callable[..., Any]:
+        now, repeated = known.wanted(args), session.of_the_forward()
+        if repeated is not None:
+            verdict = replace(repeated.verdict)
+        elif now not in before.verdicts:
+            with _timed(record, "verify"), lower.autocast_off(device), unseen_by_checkpoints():
+                found = verify(canonical, rewritten, args, plain)
+            before.verdicts |= {w: v for w, v in found.items() if v.status == "accepted"}
+            verdict = found[now]
+        else:
+            verdict = before.verdicts[now]
+        if not record.failure:  # what is refused of either is said of both
+            record.verdict = verdict
+        if verdict.status != "reverted":
+            return run
+        record.failure = f"reverted: {verdict.reason}"
+        if session.options.strict:
+            raise CompileError(f"{record.region}: {record.failure}")
+        return lower.lower(canonical, list(args), "fx", device)
 
     def first(*args: Any) -> Any:
-        if not chosen:
-            now, repeated = known.wanted(args), session.of_the_forward()
-            if repeated is not None:
-                record.verdict = replace(repeated.verdict)
-            elif now not in before.verdicts:
-                with _timed(record, "verify"), lower.autocast_off(device), unseen_by_checkpoints():
-                    found = verify(canonical, rewritten, args, plain)
-                before.verdicts |= {w: v for w, v in found.items() if v.status == "accepted"}
-                record.verdict = found[now]
-            else:
-                record.verdict = before.verdicts[now]
-            if record.verdict.status == "reverted":
-                chosen.append(lower.lower(canonical, list(args), "fx", device))
-                record.failure = f"reverted: {record.verdict.reason}"
-                if session.options.strict:
-                    raise CompileError(f"{record.region}: {record.failure}")
-            else:
-                chosen.append(run)
-        return chosen[0](*args)
+        wants = place is None or args[place].requires_grad
+        if wants not in chosen:
+            chosen[wants] = decide(args)
+        return chosen[wants](*args)
 
     return first
 
@@ -328,7 +362,7 @@ def _describe(error: Exception) -> str:
 def _tracked(run: Callable[..., Any], session: Session, record: GraphRecord) -> Callable[..., Any]:
     def tracked(*args: Any) -> Any:
         session.ran(record)
-        return run(*args)
+        return run(*session.streams.true(args))
 
     return tracked
 

@@ -9,7 +9,8 @@ between two bf16 operations may be dropped, never added.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,7 +98,8 @@ def prove(candidate: Candidate) -> Proof:
 def _prove(candidate: Candidate) -> Proof:
     failures = (RuntimeError, TypeError, ValueError, IndexError, KeyError)
     hints = _hints(candidate)
-    with torch.enable_grad():  # the region may be compiled where gradients are off
+    # The region may be compiled where gradients are off.
+    with _on_one_thread(), torch.enable_grad():
         try:
             return _prove_at(candidate, _small(hints))
         except Disproved:
@@ -109,6 +111,17 @@ def _prove(candidate: Candidate) -> Proof:
             return _prove_at(candidate, hints)
         except failures as error:
             raise Disproved(f"could not be evaluated: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _on_one_thread() -> Iterator[None]:
+    """At sizes like these, waking torch's other threads costs more than their help is worth."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _prove_at(candidate: Candidate, sizes: dict[Any, int]) -> Proof:

@@ -50,6 +50,8 @@ class GraphRecord:
         canonical, rewritten: the graphs.
         foreseen: how many kernels began to compile before it was lowered.
         partitioned: what its backward is handed (compiler/partition.py), where that is our choice.
+        without: the same for a stream that wants no gradient, where the graph is lowered for both.
+        unasked: of ``modules`` those with such a stream (compiler/asking.py).
         repeatable: whether it can run its forward again by itself (runtime/region.py).
         shares: what the sites and the rest cost, once somebody asked (compiler/shares.py).
     """
@@ -71,8 +73,19 @@ class GraphRecord:
     rewritten: Any = None
     foreseen: int = 0
     partitioned: Any = None
+    without: Any = None
+    unasked: set[str] = field(default_factory=set)
     repeatable: bool = False
     shares: Any = None
+
+    def runs(self, path: str, unasked: bool) -> None:
+        """Note that the module at ``path`` runs this graph."""
+        self.modules.add(path)
+        (self.unasked.add if unasked else self.unasked.discard)(path)
+
+    def handed(self, path: str) -> Any:
+        """What the backward of the module at ``path`` is handed (``partitioned``)."""
+        return self.without if path in self.unasked and self.without else self.partitioned
 
 
 @dataclass

@@ -5,9 +5,10 @@ The classes that ``optimize`` installs point here; nothing is global.
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fusewright.compiler import retell
+from fusewright.compiler.asking import Streams
 from fusewright.compiler.config import Options
 from fusewright.compiler.known import Known
 from fusewright.compiler.partition import Asked
@@ -52,7 +55,7 @@ def dynamo_settings(kind: str) -> Callable[[], Callable[[], None]]:
     scales) stay literals. Rows of tensors are symbolic from the start (:func:`mark_rows`) and
     feature widths literal. Integers are literal in blocks; the head reads ones that change from step
     to step (a number of items), which Dynamo finds out. Fake tensors' results are not cached: with
-    symbolic sizes an entry costs more than it saves.
+    symbolic sizes an entry costs more than it saves. Garbage is left to Python to find.
     """
     import logging
 
@@ -66,6 +69,7 @@ def dynamo_settings(kind: str) -> Callable[[], Callable[[], None]]:
     changes: dict[str, Any] = {
         "specialize_float": True,
         "fake_tensor_cache_enabled": False,
+        "run_gc_after_compile": False,
         "recompile_limit": RECOMPILE_LIMIT,
         "accumulated_recompile_limit": 64 * RECOMPILE_LIMIT,
         ignored: _Functions(loggers | set(getattr(config, ignored))),
@@ -79,13 +83,15 @@ def _for_logs_alone(apply: Callable[[], Callable[[], None]]) -> Callable[[], Cal
     """The same settings, without what Dynamo does for its logs whether they are read or not.
 
     It times the guards that it makes and empties the processor's caches before, 40 to 70 ms for each
-    graph; and it tokenizes every file that the code is of, to name functions by their lines, 0.2 s.
+    graph; it tokenizes every file that the code is of, to name functions by their lines, 0.2 s; and of
+    every module that it meets it writes down all parameters below it by name, which are inputs anyway.
     """
-    from torch._dynamo import guards, symbolic_convert
+    from torch._dynamo import guards, output_graph, symbolic_convert
 
     spared = (
         (guards, "profile_guard_manager", lambda *_: 0.0),
         (symbolic_convert, "get_funcname", lambda *_: None),
+        (output_graph.OutputGraph, "add_fqn_info_for_inlined_modules", lambda *_: None),
     )
     known = [(owner, name, instead) for owner, name, instead in spared if hasattr(owner, name)]
 
@@ -148,6 +154,7 @@ class Session:
         self.dropped_cache = False  # the model would have made itself one in this pass
         self.asked_device = "cuda"  # waiting for answers of the CPU's own is no wait
         self._ran: list[GraphRecord] = []
+        self.streams = Streams()
 
     def note(self, text: str) -> None:
         """Keep a line for the report, once."""
@@ -168,6 +175,12 @@ class Session:
         path = self.paths.get(module, "?")
         self._running, self._ran = path, ran
         outside, self._module = self._module, module
+        streamed = self.streams.now
+        if kind == "block":
+            several = functools.partial(self._several, module, path)
+            args, kwargs = self.streams.enter(compiled, module, args, kwargs, several)
+        else:
+            self.streams.now = None
         knew = self._known is not None and self._known.leave()  # compiled code is guarded on modes
         mark_rows(args)
         mark_rows(kwargs.values())
@@ -188,9 +201,14 @@ class Session:
                 gc.enable()
             revert()
             self._running, self._ran = outer
-            self._module = outside
+            self._module, self.streams.now = outside, streamed
             if knew and self._known is not None:
                 self._known.come_back()
+
+    def _several(self, module: nn.Module, path: str) -> bool:
+        """Whether other blocks run the code that is compiled for this one."""
+        alike = sum(type(m) is type(module) for m in self.paths) > 1
+        return alike and (self.memory is None or self.memory.shares(path))
 
     def _settle(self, path: str, module: nn.Module, ran: list[GraphRecord]) -> None:
         """Note that these graphs, several where the region breaks, are what ``module`` runs now."""
@@ -203,7 +221,7 @@ class Session:
             )
             return
         for record in ran:
-            record.modules.add(path)
+            record.runs(path, self.streams.asked)
         self.current[path] = ran
         self.uncaptured.pop(path, None)
         if all(r.kind == "leaf" and not r.matches for r in ran):
@@ -228,6 +246,15 @@ class Session:
             missing = self.stored.missing(self._module, wishes)
             if missing:
                 raise NeedsStorage(missing)
+
+    def move_now(
+        self, wishes: Sequence[Wish], graphs: Sequence[fx.GraphModule], inputs: Sequence[Any]
+    ) -> bool:
+        """Move the running module's parameters within its compilation; False where that cannot be."""
+        module, path = self._module, self._running
+        return module is not None and retell.move(
+            wishes, graphs, inputs, lambda: self.stored.ask(module, path, wishes)
+        )
 
     def splitting(self, gm: fx.GraphModule, record: GraphRecord) -> Asked | None:
         """How a region's forward and backward are split where that is our choice: in blocks.

@@ -27,6 +27,7 @@ from torch import fx
 from fusewright.compiler import ir, known
 from fusewright.compiler.exact import Float64, Quiet
 from fusewright.compiler.known import Wanted
+from fusewright.compiler.legality import written
 from fusewright.compiler.records import Verdict
 
 log = logging.getLogger(__name__)
@@ -237,6 +238,7 @@ def _run(
 ) -> _Results:
     """Outputs, and gradients of the wanted inputs, for one fixed cotangent."""
     leaves: list[Any] = []
+    changed = written(runner.graph)
     for place, value in enumerate(cut):
         if isinstance(value, torch.Tensor):
             # What gets no gradient is not copied: a kernel may know a frozen weight by its memory.
@@ -247,7 +249,9 @@ def _run(
         leaves.append(value)
     devices = sorted({v.device.index for v in leaves if isinstance(v, torch.Tensor) and v.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        outputs = _flat(runner.run(*leaves))
+        # A copy of what the graph writes to: the step is still to come, and a leaf cannot be written.
+        handed = [v.clone() if at in changed else v for at, v in enumerate(leaves)]
+        outputs = _flat(runner.run(*handed))
     results = [outputs[i] for i in kept if isinstance(outputs[i], torch.Tensor)]
     results = [r for r in results if r.is_floating_point()]
     places = sorted(wanted)

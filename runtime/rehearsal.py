@@ -22,10 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.kernels import catalogue
-from fusewright.kernels.early import Kernel, Pointer, prepare, start
+from fusewright.kernels.early import Kernel, Pointer, start
 from fusewright.kernels.recording import Request, recorder
 
-__all__ = ["Rehearsal", "hosts", "prepare", "start"]
+__all__ = ["Rehearsal", "hosts", "start"]
 
 log = logging.getLogger("fusewright")
 Hosts = dict[str, Callable[..., Any]]

@@ -39,7 +39,7 @@ def optimized(
 def partitioned(model: nn.Module) -> dict[str, Any]:
     """Per block's path, what was chosen for the graph that it runs."""
     session = driver._required(model)
-    return {p: r.partitioned for r in session.records if r.kind == "block" for p in r.modules}
+    return {p: r.handed(p) for r in session.records if r.kind == "block" for p in r.modules}
 
 
 @pytest.mark.parametrize("name", BUILDS)

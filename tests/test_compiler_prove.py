@@ -64,6 +64,22 @@ def test_a_true_claim_is_accepted() -> None:
     assert proof.forward <= 1e-10 and proof.backward <= 1e-9
 
 
+def test_a_proof_takes_one_thread_and_gives_the_others_back() -> None:
+    seen = []
+
+    def formula(t: dict[str, Any], rounder: Any) -> list[torch.Tensor]:
+        seen.append(torch.get_num_threads())
+        return _formula(_true)(t, rounder)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        prove(replace(_candidate(to_bf16([rows(2, 5, 16), perturbed(16)])), formula=formula))
+        assert set(seen) == {1} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -88,6 +88,33 @@ def test_a_right_rewrite_is_accepted() -> None:
     assert record.verdict.backward is None or record.verdict.backward >= 0
 
 
+@pytest.mark.parametrize("wants", [False, True])
+def test_what_the_graph_writes_to_is_left_to_the_step(wants: bool) -> None:
+    """Verification runs the graph several times before the step does, which must find what it was given."""
+
+    def layer(x: torch.Tensor, w: torch.Tensor, given: torch.Tensor, seen: torch.Tensor) -> Any:
+        seen.add_(1)
+        given[:, 1:].mul_(2.0)
+        return _norm(x, w) * given * seen
+
+    w = perturbed(16)
+
+    def step(run: Any) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        x, base, seen = rows(2, 5, 16), rows(2, 5, 16), torch.ones(2, 5, 1)
+        out = run(x, w, given := base * 1 if wants else base.detach().clone(), seen)
+        leaves = (x, w, base) if wants else (x, w)
+        return [out, given, seen, *torch.autograd.grad(out.sin().sum(), leaves)]
+
+    compiled = compile_one(layer, verify="first_step")
+    for _ in range(2):
+        for ours, eager in zip(step(compiled.run), step(layer), strict=True):
+            torch.testing.assert_close(ours, eager)
+    (record,) = compiled.session.records
+    assert record.verdict.status == "accepted", record.verdict
+    assert compiled.ops == {"rms_norm": 1}
+
+
 class _Cut(RMSNorm):
     """Proves the norm and then emits one that keeps the gradient from its input alone."""
 

@@ -19,6 +19,7 @@ from peft import PeftModel
 from torch import nn
 
 import fusewright
+from fusewright.compiler import pipeline, retell
 from fusewright.kernels import room
 
 
@@ -235,3 +236,44 @@ def test_trained_weights_stay() -> None:
     fusewright.optimize(ours, lowering="fx")
     assert_same_losses(ours, eager)
     assert len(moved(ours)) == 12
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kinds of the regions that Dynamo captures, from now on."""
+    kinds: list[str] = []
+    compile_graph = pipeline.compile_graph
+
+    def counted(gm: Any, inputs: Any, session: Any, kind: str, region: str) -> Any:
+        kinds.append(kind)
+        return compile_graph(gm, inputs, session, kind, region)
+
+    monkeypatch.setattr(pipeline, "compile_graph", counted)
+    return kinds
+
+
+def test_a_capture_that_moves_weights_holds_for_them(captures: list[str]) -> None:
+    ours = adapted()
+    ours.enable_input_require_grads()
+    eager = copy.deepcopy(ours)
+    fusewright.optimize(ours, lowering="fx", strict=True)
+    assert_same_losses(ours, eager)
+    assert len(moved(ours)) == 14 and captures.count("block") == 1
+
+
+def test_a_capture_that_cannot_be_told_is_repeated(
+    captures: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError
+
+    for name, instead in (("_guarded", lambda: None), ("_tell", fails)):
+        captures.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(retell, name, instead)
+            ours = adapted()
+            ours.enable_input_require_grads()
+            eager = copy.deepcopy(ours)
+            fusewright.optimize(ours, lowering="fx", strict=True)
+            assert_same_losses(ours, eager)
+        assert len(moved(ours)) == 14 and captures.count("block") == 2, name

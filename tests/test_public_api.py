@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -21,6 +22,7 @@ from torch import nn
 
 import fusewright
 from fusewright.compiler import capture
+from fusewright.kernels import early
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -346,3 +348,18 @@ assert settings() == config
 
 def test_nothing_global_is_patched() -> None:
     _python(_NOTHING_PATCHED)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_processes_that_compile_start_before_the_model_is_looked_at(
+    there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Placed(nn.Module):
+        def parameters(self, recurse: bool = True) -> Any:
+            return iter([SimpleNamespace(is_cuda=there)])
+
+    started: list[bool] = []
+    monkeypatch.setattr(early, "prepare", lambda: started.append(True))
+    with pytest.raises(ValueError, match="no repeated blocks"):
+        fusewright.optimize(Placed())
+    assert started == [True] * there

@@ -72,6 +72,11 @@ class Memory:
         price = self.plan.prices.get(path)
         return None if price is None else Way(price, path in self.plan.tiled)
 
+    def shares(self, path: str) -> bool:
+        """Whether another block runs in the same way as the one at ``path``."""
+        way = None if self.plan is None else self._way(path)
+        return way is None or sum(self._way(p) == way for p in self.plan.prices) > 1  # type: ignore[union-attr]
+
     def tiled(self, gm: fx.GraphModule, path: str, record: GraphRecord) -> Parts | None:
         """The parts of the block that runs at ``path``, if its tail is to run in tiles."""
         tiled = self.plan is not None and path in self.plan.tiled and record.kind == "block"

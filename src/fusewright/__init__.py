@@ -58,6 +58,7 @@ def optimize(
         ValueError: unknown option or pattern; no repeated blocks; or already optimised.
         RuntimeError: ``strict``, and a package is older than supported (a warning otherwise).
     """
+    _start_compilers(model)
     from fusewright.compiler import driver
     from fusewright.patterns import DEFAULT
     from fusewright.versions import warn_of_unsupported
@@ -73,6 +74,16 @@ def optimize(
     }
     driver.optimize(model, DEFAULT, options, notes)
     return model
+
+
+def _start_compilers(model: object) -> None:
+    """Start what compiles kernels, where there is a GPU, beside the seconds that the compiler's import takes."""
+    from torch import nn
+
+    from fusewright.kernels import early
+
+    if isinstance(model, nn.Module) and any(p.is_cuda for p in model.parameters()):
+        early.prepare()
 
 
 def report(model: nn.Module) -> CoverageReport:
