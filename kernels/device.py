@@ -16,6 +16,11 @@ class Limits(NamedTuple):
     warp: int
 
 
+def ptx(limits: Limits) -> bool:
+    """Whether the assembler's language is PTX."""
+    return limits.warp == 32 and torch.version.hip is None
+
+
 @functools.lru_cache(maxsize=64)
 def limits(device: torch.device) -> Limits:
     """The limits of a device; those of a small GPU under the interpreter."""

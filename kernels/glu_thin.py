@@ -48,11 +48,6 @@ def takes(gate_up: torch.Tensor, ranks: Sequence[int], dtypes: Sequence[torch.dt
     return alike and max(ranks) <= _MOST and supported(gate_up.device)
 
 
-def _ptx(limits: Limits) -> bool:
-    """Whether the assembler's language is PTX."""
-    return limits.warp == 32 and torch.version.hip is None
-
-
 @functools.lru_cache(maxsize=256)
 def forward_tile(ranks: int, limits: Limits) -> Tile:
     """The tile of a step, by hand from bench/sweep_glu_thin.py."""
@@ -117,7 +112,7 @@ def forward(
             (cut.programs, rows, cut.slab, width, gate, up, gate_up.stride(0), h.stride(0),
              a.stride(0), term.scale, made.rank, term.column or 0, *zero),
             (activation, made.rank, ranks, width % cut.columns == 0, made.zero, cut.rows,
-             cut.columns, cut.stages, _ptx(limits), *work.constants),
+             cut.columns, cut.stages, device.ptx(limits), *work.constants),
             cut.warps,
         )  # fmt: skip
         if shares is not None:
@@ -210,7 +205,7 @@ def backward(
              up * slabs, dh.stride(0), gate_up.stride(0), out.stride(0), own.us[0].stride(0),
              *[t.stride(0) for t in operands]),
             (activation, pair.rank, ranks, own.rank, own_ranks, width % cut.columns == 0, cut.rows,
-             cut.columns, cut.stages, _ptx(limits)),
+             cut.columns, cut.stages, device.ptx(limits)),
             cut.warps,
         )  # fmt: skip
         pair.launch_sums(cut, shares[0], shares[1])

@@ -11,22 +11,7 @@ from __future__ import annotations
 from fusewright.kernels.elementary import up_and_slope, value, value_and_slope
 from fusewright.kernels.launch import tl, triton
 from fusewright.kernels.thin_kernels import _product
-from fusewright.kernels.thin_parts import WIDEN, clear, give, share, small_copy, wide
-
-
-@triton.jit
-def _once(x, PTX: tl.constexpr):
-    """x of 16 bits, which the compiler is not to work out again for each layout it is wanted in.
-
-    It would read and compute all that x is made of three times over, and spill (on sm_90: 255
-    registers and 1.5 KB spilled against 187 registers at 32 x 128 numbers and 4 warps). Text of
-    other assemblers is left out without PTX.
-    """
-    if PTX and not WIDEN:
-        x = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
-        )
-    return x
+from fusewright.kernels.thin_parts import clear, give, once, share, small_copy, wide
 
 
 @triton.jit
@@ -48,7 +33,7 @@ def _gradients(gate, up, dh, ACTIVATION: tl.constexpr, PTX: tl.constexpr):
     dgate = (d * u * slope).to(gate.dtype)
     dup = (d * act * up_slope).to(gate.dtype)
     h = (act * u).to(gate.dtype)
-    return _once(dgate, PTX), _once(dup, PTX), _once(h, PTX)
+    return once(dgate, PTX), once(dup, PTX), once(h, PTX)
 
 
 @triton.jit
@@ -153,7 +138,7 @@ def glu_forward_product(
             )
             u, _ = up_and_slope(up.to(tl.float32), ACTIVATION, False)
             h = value(gate.to(tl.float32), 1.0, ACTIVATION, False) * u
-            h = _once(h.to(h_ptr.dtype.element_ty), PTX)
+            h = once(h.to(h_ptr.dtype.element_ty), PTX)
             tl.store(
                 h_ptr + (wide(first_row) * h_row + line[:, None] * h_row + column[None, :]),
                 h, mask=mask,

@@ -52,6 +52,7 @@ from fusewright.kernels.lora_group import (
     takes,
 )
 from fusewright.kernels.lora_products import scaled
+from fusewright.kernels.normed import Norm
 from fusewright.kernels.reduce import absent
 from fusewright.kernels.room import columns_of
 from fusewright.kernels.spec import OpSpec
@@ -234,12 +235,17 @@ def host_fwd(*args: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
     return device_fwd(*args) if roomy else reference_fwd(*args)
 
 
-def host_bwd(*args: Any) -> Results:
+def host_bwd(*args: Any, norm: Norm | None = None) -> Results:
     """The reference, or the device's products where the weights have room for them."""
     given = Backward.of(*args)
     group = given.group
     roomy = takes(group, given.dys[0].dtype) and lora_gemm.has_room(group)
-    return device_bwd(*args) if roomy else reference_bwd(*args)
+    return device_bwd(*args, norm=norm) if roomy else reference_bwd(*_normed(args, norm))
+
+
+def _normed(args: Sequence[Any], norm: Norm | None) -> Sequence[Any]:
+    """A backward's arguments with the output of a norm whose input they have for x."""
+    return args if norm is None else (*args[:2], norm.of(args[2]), *args[3:])
 
 
 def device_fwd(*args: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -252,12 +258,14 @@ def device_fwd(*args: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
     return columns_of(whole, given.widths), thin
 
 
-def device_bwd(*args: Any) -> Results:
+def device_bwd(*args: Any, norm: Norm | None = None) -> Results:
     """The gradients, by as few products as there can be."""
     given = Backward.of(*args)
     if not takes(given.group, given.dys[0].dtype):
-        return reference_bwd(*args)
-    return lora_gemm.backward(given.dys, given.thin, given.group, given.grad_roomy, given.needs)
+        return reference_bwd(*_normed(args, norm))
+    return lora_gemm.backward(
+        given.dys, given.thin, given.group, given.grad_roomy, given.needs, norm=norm
+    )
 
 
 def _fake_fwd(*args: Any) -> tuple[list[torch.Tensor], torch.Tensor]:

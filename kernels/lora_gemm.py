@@ -14,6 +14,7 @@ import torch
 from fusewright.kernels import lora_products as products
 from fusewright.kernels import room
 from fusewright.kernels.lora_group import Group, Needs, Results, Tensors, plan
+from fusewright.kernels.normed import Norm
 from fusewright.kernels.reduce import absent
 
 
@@ -151,11 +152,13 @@ def backward(
     grad_roomy: bool,
     needs: Needs,
     fill: Callable[[torch.Tensor], None] | None = None,
+    norm: Norm | None = None,
 ) -> Results:
     """The gradients; see the header of ``lora``.
 
     Args:
         fill: is handed dx and writes x, whose values are not read before; no weight is trained then.
+        norm: its output is x, and the group has its input for x; no weight is trained then.
     """
     x = group.x
     dx, g, p, dup, dbiases = toward_input(dys, thin, group, grad_roomy, needs)
@@ -167,7 +170,7 @@ def backward(
         _of_inputs(group, p, needs.inputs),
         [d.t() @ rows if needs.weights else absent(x) for d in g],
         dbiases,
-        products.left(group, rows, p, needs.down),
+        products.left(group, rows, p, needs.down, norm),
         dup,
     )
 

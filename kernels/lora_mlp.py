@@ -27,6 +27,7 @@ from fusewright.kernels import glu, glu_thin, lora, lora_gemm, lora_glu, room, r
 from fusewright.kernels import lora_products as products
 from fusewright.kernels.launch import launchable
 from fusewright.kernels.lora_group import Group, Needs, Plan, Tensors, takes
+from fusewright.kernels.normed import Norm
 from fusewright.kernels.room import columns_of, empty_roomy
 from fusewright.kernels.spec import Implementation, one_way
 from fusewright.kernels.thin import Copy, Term, Wide
@@ -180,31 +181,38 @@ def _read(args: Sequence[Any]) -> tuple[lora_glu.Given, First]:
     return lora_glu.Given(*args[:_SECOND]), First(*args[_SECOND:])
 
 
-def _apart(args: Sequence[Any], second: Implementation, layers: Implementation) -> Results:
+def _apart(
+    args: Sequence[Any], second: Implementation, layers: Implementation, norm: Norm | None = None
+) -> Results:
     """The same by the functions of the two ops."""
     given, first = _read(args)
     done = second(*given)
+    more = {} if norm is None else {"norm": norm}
     found = layers(
-        [done.gate_up], first.thin, *first.group, given.grad_room > 0, *first.needs
+        [done.gate_up], first.thin, *first.group, given.grad_room > 0, *first.needs, **more
     )  # fmt: skip
     return Results(
         found.x, found.biases, found.down, found.up, done.biases, done.down, done.up
     )  # fmt: skip
 
 
-def host_bwd(*args: Any) -> Results:
+def host_bwd(*args: Any, norm: Norm | None = None) -> Results:
     """The gradients by the references."""
-    return _apart(args, lora_glu.host, lora.host_bwd)
+    return _apart(args, lora_glu.host, lora.host_bwd, norm)
 
 
-def device_bwd(*args: Any) -> Results:
-    """The gradients, each of the unit's numbers read once beside the large products."""
+def device_bwd(*args: Any, norm: Norm | None = None) -> Results:
+    """The gradients, each of the unit's numbers read once beside the large products.
+
+    Args:
+        norm: its output is the first group's x, and its input is given.
+    """
     given, first = _read(args)
     gate_up, group = given.gate_up, first.group
     width = glu._half_width(gate_up)
     second = given.group(gate_up[..., :width])  # of h's shape; there is no h
     if not joins(given, first, second):
-        return _apart(args, lora_glu.device, lora.device_bwd)
+        return _apart(args, lora_glu.device, lora.device_bwd, norm)
     toward = lora_gemm.toward_input(
         given.dys, given.thin, second, given.grad_roomy, given.needs
     )  # fmt: skip
@@ -213,7 +221,7 @@ def device_bwd(*args: Any) -> Results:
     both = _together(given, group, toward, out, own)
     found = lora_gemm.toward_input([out], first.thin, group, True, first.needs, both)
     rows = group.x.reshape(-1, group.x.shape[-1])
-    down = products.left(group, rows, found.products, first.need_down)
+    down = products.left(group, rows, found.products, first.need_down, norm)
     return Results(found.x, found.biases, down, found.up, toward.biases, own, toward.up)
 
 

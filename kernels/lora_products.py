@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from fusewright.kernels import room, thin
+from fusewright.kernels import device, room, thin
 from fusewright.kernels.lora_group import Group, Needs, Plan, Tensors
+from fusewright.kernels.normed import Norm
 from fusewright.kernels.recording import recorder
 from fusewright.kernels.reduce import absent
 from fusewright.kernels.thin import Copy, Result, Term, Wide
@@ -68,8 +69,9 @@ def _halves(t: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Te
 
 
 def _multiply(
-    blocks: Tensors, terms: Sequence[Term], wide: Wide | None, copies: Sequence[Copy]
-) -> list[Result]:
+    blocks: Tensors, terms: Sequence[Term], wide: Wide | None, copies: Sequence[Copy],
+    norm: Norm | None = None,
+) -> list[Result]:  # fmt: skip
     """Thin products by kernels on a GPU; by the library elsewhere and where all is float32.
 
     There the kernels' sums have an error of the last bit more than the library's, and nothing to gain.
@@ -79,7 +81,7 @@ def _multiply(
         for t in (*blocks, *[u for term in terms for u in (term.right, term.left) if u is not None])
     )
     run = thin.thin if blocks[0].is_cuda and not single else thin.reference
-    return run(blocks, terms, wide, copies)
+    return run(blocks, terms, wide, copies) if norm is None else run(blocks, terms, norm=norm)
 
 
 def columns_behind(group: Group, how: Plan, target: torch.Tensor) -> list[Copy]:
@@ -238,17 +240,22 @@ def biases(group: Group, g: Tensors, needs: Needs) -> list[torch.Tensor]:
     ]
 
 
-def left(group: Group, rows: torch.Tensor, p: Tensors, need: bool) -> list[torch.Tensor]:
-    """dA_i."""
+def left(
+    group: Group, rows: torch.Tensor, p: Tensors, need: bool, norm: Norm | None = None
+) -> list[torch.Tensor]:
+    """dA_i; with a ``norm``, whose output is x, ``rows`` are its input and every adapter reads x."""
     if not need:
         return [absent(group.x) for _ in group.down]
     width = rows.shape[1]
+    if norm is not None and rows.is_cuda and not device.ptx(device.limits(rows.device)):
+        rows, norm = norm.of(rows), None  # there the kernel that makes its tiles spills
     blocks = [rows, *(_in(t, group).reshape(-1, width) for t in group.inputs)]
     found: dict[int, torch.Tensor] = {}
     for at, block in enumerate(blocks):
         of = [i for i, source in enumerate(group.source) if source + 1 == at]
         terms = [Term(0, left=p[i], left_transposed=True) for i in of]
-        for i, result in zip(of, _multiply([block], terms, None, ()) if terms else (), strict=True):
+        made = _multiply([block], terms, None, (), norm) if terms else ()
+        for i, result in zip(of, made, strict=True):
             assert result.left is not None
             found[i] = result.left.to(group.down[i].dtype)
     return [found[i] for i in range(len(p))]

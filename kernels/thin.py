@@ -27,6 +27,7 @@ import torch
 
 from fusewright.kernels import thin_copies, thin_launch
 from fusewright.kernels.launch import HAS_TRITON
+from fusewright.kernels.normed import Norm
 from fusewright.kernels.thin_copies import Copy
 from fusewright.kernels.thin_plan import MOST_RANK, Result, Term, Wide
 
@@ -42,6 +43,7 @@ def thin(
     terms: Sequence[Term],
     wide: Wide | None = None,
     copies: Sequence[Copy] = (),
+    norm: Norm | None = None,
 ) -> list[Result]:
     """The products of every term, by kernels where there are kernels for these operands.
 
@@ -50,6 +52,7 @@ def thin(
         terms: what to multiply with; all on the blocks' device.
         wide: a buffer that receives copies of the blocks and the terms' P; see ``Wide``.
         copies: small copies done by the same launch, of tensors that no product here reads.
+        norm: the one matrix of left products is this norm's output, and its input is given.
 
     Returns:
         For each term its P and L, each where it was asked for. A P that was written to the wide
@@ -69,10 +72,10 @@ def thin(
     if copies:
         thin_copies.check(copies, blocks[0].device)
     if not launchable:
-        results = reference(blocks, terms, wide)
+        results = reference(blocks, terms, wide, norm=norm)
         thin_copies.run(copies)
         return results
-    return thin_launch.run(blocks, terms, wide, copies)
+    return thin_launch.run(blocks, terms, wide, copies, norm)
 
 
 def _look(t: torch.Tensor | None) -> tuple[Any, ...] | None:
@@ -98,9 +101,11 @@ def reference(
     terms: Sequence[Term],
     wide: Wide | None = None,
     copies: Sequence[Copy] = (),
+    norm: Norm | None = None,
 ) -> list[Result]:
     """The same in plain PyTorch, sums in float32 (float64 where an operand is float64)."""
     results = []
+    blocks = blocks if norm is None else [norm.of(m) for m in blocks]
     for term in terms:
         m, right, left = blocks[term.block], None, None
         if term.right is not None:

@@ -8,7 +8,8 @@ Two ways to walk over a wide matrix M (rows, columns), each element of which is 
                     part stays in registers; where P is wanted too, each tile gives the slab's share.
 
 Shares of P (slab, row, rank) and of L (part, column, rank) go to a float32 scratch, and
-``sum_shares`` adds them in the order of slabs and parts: nothing depends on who finished first.
+``sum_shares`` adds them in the order of slabs and parts: nothing depends on who finished first. With
+``rstd_ptr`` M of the left products is the output of an RMS norm whose input is given.
 
 A launch has up to four matrices with one thin operand each, or one matrix with up to four (slots)
 that are loaded beside each other, as one operand of SLOTS R columns; these are padded to RP. All thin
@@ -22,12 +23,13 @@ and then added, so that sums stay short.
 
 from __future__ import annotations
 
-from fusewright.kernels.launch import tl, triton
+from fusewright.kernels.launch import HAS_TRITON, tl, triton
 from fusewright.kernels.thin_parts import (
     WIDEN,
     block_of,
     clear,
     give,
+    once,
     operand_of,
     pick,
     share,
@@ -35,6 +37,9 @@ from fusewright.kernels.thin_parts import (
     term_of,
     wide,
 )
+
+if HAS_TRITON:
+    from triton.language.target_info import cuda_capability_geq
 
 
 @triton.jit
@@ -178,15 +183,41 @@ def right_products(
 
 
 @triton.jit
+def _gain(weight_ptr, column, width, OFFSET: tl.constexpr):
+    """What an RMS norm multiplies these columns with, as a row; 1 without a weight."""
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + column, mask=column < width, other=0.0)
+        return (weight.to(tl.float32) + OFFSET)[None, :]
+    else:
+        return 1.0
+
+
+@triton.jit
+def _normed(x, rstd_ptr, row, rows, gain, ROUND_INPUT: tl.constexpr, PTX: tl.constexpr):
+    """A tile of an RMS norm's output, of a tile of its input: see ``normed``."""
+    rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+    y = x.to(tl.float32) * rstd[:, None]
+    if ROUND_INPUT:
+        y = y.to(x.dtype).to(tl.float32)
+    y = (y * gain).to(x.dtype)
+    # The products' layout would reach back to where x is read, and x be read without being on its
+    # way early. From this capability on there is no such layout, and what is skipped at the loop's
+    # ends may not be text of the assembler's.
+    if x.dtype.primitive_bitwidth == 16 and not WIDEN and PTX and not cuda_capability_geq(10):
+        y = once(y, PTX)
+    return y
+
+
+@triton.jit
 def _left(
-    program, m0, m1, m2, m3, v0, v1, v2, v3, u0, u1, u2, u3, right_ptr, left_ptr, wide_ptr,
-    rows, part_rows, slabs, columns, v_apart, u_apart, c0, c1, c2, c3, m0_row, m1_row, m2_row,
+    program, m0, m1, m2, m3, v0, v1, v2, v3, u0, u1, u2, u3, right_ptr, left_ptr, wide_ptr, rstd_ptr,
+    weight_ptr, rows, part_rows, slabs, columns, v_apart, u_apart, c0, c1, c2, c3, m0_row, m1_row, m2_row,
     m3_row, v0_row, v1_row, v2_row, v3_row, u0_row, u1_row, u2_row, u3_row, first1, first2, first3,
     before1, before2, before3, copy0, copy1, copy2, copy3, wide_row,
     BLOCKS: tl.constexpr, SLOTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     MODE: tl.constexpr, TRANSPOSED: tl.constexpr, COPY: tl.constexpr,
     EVEN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr, OFFSET: tl.constexpr, ROUND_INPUT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     RIGHT: tl.constexpr = right_ptr is not None
     part = program // slabs
@@ -212,6 +243,7 @@ def _left(
         v_high, v_low = _right_operand(
             v, column, width, v_row, v_apart, place, within, R, TRANSPOSED, EVEN, MODE
         )
+    gain = _gain(weight_ptr, column, width, OFFSET)
     total = tl.zeros([BC, RP], tl.float32)
     before = slab.to(tl.int64) * rows
     start = part * part_rows
@@ -221,6 +253,8 @@ def _left(
         m = tl.load(
             m_base + wide(t) * stride + at, mask=mask, other=0.0, eviction_policy="evict_first"
         )
+        if rstd_ptr is not None:
+            m = _normed(m, rstd_ptr, t + line, rows, gain, ROUND_INPUT, PTX)
         high, low = _thin(u + (wide(t) * u_row + u_at), u_apart, there & within, MODE)
         total = _product(tl.trans(m), high, low, total, MODE)
         if RIGHT:
@@ -235,14 +269,15 @@ def _left(
 
 @triton.jit
 def left_products(
-    m0, m1, m2, m3, v0, v1, v2, v3, u0, u1, u2, u3, right_ptr, left_ptr, wide_ptr, table_ptr, first_ptr,
+    m0, m1, m2, m3, v0, v1, v2, v3, u0, u1, u2, u3, right_ptr, left_ptr, wide_ptr, rstd_ptr, weight_ptr,
+    table_ptr, first_ptr,
     programs, rows, part_rows, slabs, columns, v_apart, u_apart, c0, c1, c2, c3, m0_row, m1_row,
     m2_row, m3_row, v0_row, v1_row, v2_row, v3_row, u0_row, u1_row, u2_row, u3_row, first1, first2, first3,
     before1, before2, before3, copy0, copy1, copy2, copy3, wide_row,
     BLOCKS: tl.constexpr, SLOTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     MODE: tl.constexpr, TRANSPOSED: tl.constexpr, COPY: tl.constexpr,
     EVEN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr, OFFSET: tl.constexpr, ROUND_INPUT: tl.constexpr, PTX: tl.constexpr,
     TASKS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr,
     COPIED: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -251,10 +286,11 @@ def left_products(
     if program < programs:
         _left(
             program, m0, m1, m2, m3, v0, v1, v2, v3, u0, u1, u2, u3, right_ptr, left_ptr, wide_ptr,
-            rows, part_rows, slabs, columns, v_apart, u_apart, c0, c1, c2, c3,
+            rstd_ptr, weight_ptr, rows, part_rows, slabs, columns, v_apart, u_apart, c0, c1, c2, c3,
             m0_row, m1_row, m2_row, m3_row, v0_row, v1_row, v2_row, v3_row, u0_row, u1_row, u2_row, u3_row, first1, first2, first3,
             before1, before2, before3, copy0, copy1, copy2, copy3, wide_row,
             BLOCKS, SLOTS, R, RP, MODE, TRANSPOSED, COPY, EVEN, BT, BC, STAGES, ALIGNED,
+            OFFSET, ROUND_INPUT, PTX,
         )  # fmt: skip
     elif TASKS > 0:
         small_copy(program - programs, table_ptr, first_ptr, TASKS, SOURCE, TARGET, COPIED, AT_ONCE)

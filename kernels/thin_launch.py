@@ -10,6 +10,7 @@ import torch
 from fusewright.kernels import device, thin_copies
 from fusewright.kernels.launch import on_device_of
 from fusewright.kernels.launcher import Launcher
+from fusewright.kernels.normed import Norm
 from fusewright.kernels.recording import recorder
 from fusewright.kernels.thin_copies import Copy, Work
 from fusewright.kernels.thin_kernels import left_products, right_products
@@ -73,8 +74,9 @@ def _fact(term: Term, wide: Wide | None) -> Fact:
 
 
 def run(
-    blocks: Sequence[torch.Tensor], terms: Sequence[Term], wide: Wide | None, copies: Sequence[Copy]
-) -> list[Result]:
+    blocks: Sequence[torch.Tensor], terms: Sequence[Term], wide: Wide | None, copies: Sequence[Copy],
+    norm: Norm | None = None,
+) -> list[Result]:  # fmt: skip
     """The products of every term; see ``thin.thin``, which has checked the operands."""
     works = thin_copies.prepare(copies)
     most = both_ranks(device.limits(blocks[0].device))
@@ -88,7 +90,8 @@ def run(
     with on_device_of(blocks[0]):
         for one in made:
             work = works.pop() if works else thin_copies.NONE
-            launch = Products(blocks, [terms[i] for i in one.terms], one, wide, columns, clear)
+            launch = Products(blocks, [terms[i] for i in one.terms], one, wide, columns, clear,
+                              norm)  # fmt: skip
             launch.run(work)
             columns = launch.columns_left
             clear = clear and not launch.zero
@@ -122,9 +125,9 @@ class Products:
 
     def __init__(
         self, blocks: Sequence[torch.Tensor], terms: list[Term], one: Pass, wide: Wide | None,
-        columns: Sequence[int | None], clear: bool,
+        columns: Sequence[int | None], clear: bool, norm: Norm | None = None,
     ) -> None:  # fmt: skip
-        self.terms, self.one, self.wide = terms, one, wide
+        self.terms, self.one, self.wide, self.norm = terms, one, wide, norm
         indices = list(dict.fromkeys(t.block for t in terms))
         self.ms = [blocks[i] for i in indices]
         self.slots = len(terms) // len(indices)
@@ -240,16 +243,22 @@ class Products:
     def _launch_left(self, cut: Cut, work: Work, right: Maybe, left: torch.Tensor) -> None:
         widths, strides, copies = self._common()
         wide, wide_row, *_ = self._buffer()
+        norm, limits = self.norm, device.limits(self.ms[0].device)
+        of_norm = (None, None) if norm is None else (norm.rstd, norm.weight)
+        how = (0.0, False, False)
+        if norm is not None:
+            how = (norm.offset, norm.cast == "input", device.ptx(limits))
         _left(
             (cut.programs + work.programs, 1),
             (*_four(self.ms, None), *_four(self.vs, None), *_four(self.us, None), right, left,
-             wide if self.copies else None, work.table, work.first),
+             wide if self.copies else None, *of_norm, work.table, work.first),
             (cut.programs, self.ms[0].shape[0], cut.part, cut.slabs, sum(widths), self.v_apart,
              self.u_apart, *widths, *strides,
              *_four([v.stride(0) for v in self.vs], 0), *_four([u.stride(0) for u in self.us], 0),
              *cut.firsts, *self._befores(), *copies, wide_row),
             (*self._shape_constants(), self.mode, self.terms[0].right_transposed, self.copies,
-             self._even(cut.columns), cut.rows, cut.columns, cut.stages, self.aligned, *work.constants),
+             self._even(cut.columns), cut.rows, cut.columns, cut.stages, self.aligned, *how,
+             *work.constants),
             cut.warps,
         )  # fmt: skip
 

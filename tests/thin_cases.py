@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from fusewright.kernels import thin_copies
+from fusewright.kernels import device, thin_copies
+from fusewright.kernels.normed import Norm
 from fusewright.kernels.thin import Copy, Term, Wide, thin
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -65,6 +66,15 @@ def left(
     return lambda: thin([x], terms)
 
 
+def normed(
+    tokens: int, width: int, ranks: list[int], dtype: torch.dtype, thin_dtype: torch.dtype
+) -> Callable[[], object]:
+    """The same of an RMS norm's output, made of its input."""
+    x, norm = _empty(tokens, width, dtype=dtype), Norm(_empty(width), _empty(tokens, dtype=FP32), 0.0, "input")  # fmt: skip
+    terms = [Term(0, left=_empty(tokens, r, dtype=thin_dtype), left_transposed=True) for r in ranks]
+    return lambda: thin([x], terms, norm=norm)
+
+
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """What test_kernels_thin compiles for every target."""
     for dtype, thin_dtype in ((BF16, BF16), (BF16, FP32), (FP32, FP32)):
@@ -74,6 +84,9 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"{name} both", backward(4096, [14336] * 2, r, dtype, thin_dtype, False)
             yield f"{name} copy", backward(4096, [4096, 1024, 1024], r, dtype, thin_dtype, True)
             yield f"{name} left", left(4096, 4096, [r] * 3, dtype, thin_dtype)
+            # Elsewhere adapters' gradients read a norm's output: see ``lora_products.left``.
+            if dtype is BF16 and device.ptx(device.limits(torch.device("cpu"))):
+                yield f"{name} normed", normed(4096, 4096, [r] * 3, dtype, thin_dtype)
     source, target = _empty(4096, 64, dtype=FP32), _empty(4096, 192)
     yield "copies alone", lambda: thin_copies.run([Copy(source, target[:, :64], 64)])
     yield "forward 16 wide", forward(4096, 14336, [16], BF16, BF16)
