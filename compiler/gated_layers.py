@@ -22,6 +22,10 @@ from fusewright.compiler import ir, order, rewrite
 from fusewright.compiler.gated_backward import DBIASES, DDOWN, DUP, DX
 
 _UNITS = ("glu_packed_roomy", "glu_packed")
+_GROUPS = {
+    "lora_group_backward": "lora_mlp_backward",
+    "lora_group_norm_backward": "lora_mlp_norm_backward",
+}
 
 
 def forward(half: fx.GraphModule) -> int:
@@ -84,7 +88,7 @@ def reader(dgate_up: fx.Node) -> fx.Node | None:
     if len(dgate_up.users) != 1:
         return None
     (first,) = dgate_up.users
-    found = ir.results(first) if ir.own_name(first) == "lora_group_backward" else None
+    found = ir.results(first) if ir.own_name(first) in _GROUPS else None
     if found is None or not found.keys() <= {DX, DBIASES, DDOWN, DUP}:
         return None
     given = ir.named_arguments(first)
@@ -106,11 +110,12 @@ def _join_backward(graph: fx.Graph, unit: fx.Node) -> bool:
         return False
     with graph.inserting_before(first):
         new = graph.call_function(
-            torch.ops.fusewright.lora_mlp_backward.default,
+            getattr(torch.ops.fusewright, _GROUPS[ir.own_name(first)]).default,
             (
                 *unit.args, given["thin"], given["x"], given["weights"], given["biases"],
                 given["down"], given["up"], given["member"], given["scales"], given["need_x"],
                 given["need_biases"], given["need_down"], given["need_up"],
+                *[v for k, v in given.items() if k.startswith("norm_")],
             ),
         )  # fmt: skip
         whole, second = first.meta["val"], unit.meta["val"]

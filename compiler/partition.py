@@ -23,6 +23,7 @@ from fusewright.compiler import (
     gated_again,
     gated_backward,
     gated_layers,
+    norm_inputs,
     pieces,
     residual_backward,
     rope_over,
@@ -141,9 +142,11 @@ def partition(
     joint.graph = fx_graph_cse(joint.graph)  # torch's own first step: the cut must see its outcome
     joint.recompile()
     marked = any(n.meta.get("recompute") is not None for n in joint.graph.nodes)
-    if asked.over and not marked:
-        rope_over.place(joint.graph)
-        joint.recompile()
+    if not marked:
+        norm_inputs.hand_over(joint)
+        if asked.over:
+            rope_over.place(joint.graph)
+            joint.recompile()
     static = asked.static(joint.graph, static_lifetime_input_indices)
     read = Joint.read(joint.graph, num_fwd_outputs, static)
     if asked.look is not None:
@@ -180,6 +183,7 @@ def digest() -> str:
         "gated_again",
         "gated_backward",
         "gated_layers",
+        "norm_inputs",
         "residual_backward",
     ):
         digest.update((folder / f"{name}.py").read_bytes())

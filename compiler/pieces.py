@@ -15,7 +15,7 @@ from torch import fx
 
 from fusewright.compiler import ir, rewrite
 
-_GROUPS = ("lora_group_backward", "lora_group_4bit_backward")
+_GROUPS = ("lora_group_backward", "lora_group_norm_backward", "lora_group_4bit_backward")
 
 
 def spread(half: fx.GraphModule) -> int:

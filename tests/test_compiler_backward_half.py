@@ -62,7 +62,7 @@ def test_no_gated_unit_runs_again_and_no_sum_is_left(
     step, halves = stepped(lora(), monkeypatch)
     assert halves
     for ops in halves:
-        assert ops["lora_mlp_backward"] == 1
+        assert ops["lora_mlp_norm_backward"] == 1
         assert not [op for op in ops if op.startswith("glu_packed")], ops
         assert not ops["aten.add.Tensor"], ops
     norms = ("add_rms_norm_backward", "add_rms_norm_roomy_backward")
@@ -85,7 +85,7 @@ def test_graphs_of_other_kinds_are_left_or_stay_right(
     step, halves = stepped(build, monkeypatch)
     assert halves
     # Under a checkpoint nothing runs a third time, and a unit out of its own backward does not.
-    assert all(ops["lora_mlp_backward"] == (name == "checkpoint") for ops in halves)
+    assert all(ops["lora_mlp_norm_backward"] == (name == "checkpoint") for ops in halves)
     wanted, _ = stepped(build, monkeypatch, rewrite=False)
     assert torch.equal(step.loss, wanted.loss)
     for key, grad in wanted.grads.items():

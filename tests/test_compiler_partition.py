@@ -68,10 +68,12 @@ def test_fewer_bytes_as_predicted_and_the_same_bits(
                 free = {"full": ("glu",), "lora": ("glu_packed",)}
                 assert told.recomputed == free.get(name, ())
             else:
-                assert {"rms_norm", "add_rms_norm"} <= set(told.recomputed)
+                norms = {"rms_norm", "add_rms_norm"}  # adapters alone read none's output again
+                assert norms & set(told.recomputed) == (set() if name == "lora" else norms)
                 assert {"glu", "glu_packed"} & set(told.recomputed)
                 rows, width = 32, models.HIDDEN  # float32; two norms, a gated unit of two widths
-                least = 4 * rows * (2 * width + (2 * width if "dropout" in name else 0))
+                most = {"lora": 0, "lora with dropout": 4 * width}
+                least = 4 * rows * most.get(name, 2 * width)
                 assert "rope" not in told.recomputed  # it is written over what v is a part of
                 assert told.kept - told.saved >= least
 
@@ -113,7 +115,7 @@ def test_room_behind_rows_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None
         training.train_step(ours, models.batch())
         steps[level] = training.train_step(ours, models.batch())
     told = partitioned(ours).values()
-    assert all({"rms_norm_roomy", "glu_packed_roomy"} <= set(t.recomputed) for t in told)
+    assert all("glu_packed_roomy" in t.recomputed for t in told)
     assert torch.equal(steps["torch"].loss, steps["default"].loss)
     for key, grad in steps["torch"].grads.items():
         assert torch.equal(steps["default"].grads[key], grad), key
