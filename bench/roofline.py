@@ -53,26 +53,31 @@ def milliseconds(run: Run, repeats: int = 21, warmup: int = 3) -> float:
 
 
 def interleaved(runs: Mapping[str, Run], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each, taken in turn; the first two rounds do not count.
+    """Median milliseconds of each, taken in turn without a pause; the first two rounds do not count.
 
     For ratios: a GPU that has worked for a while has slower clocks, for all of them alike.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[Any]] = {name: [] for name in runs}
     for _ in range(repeats + 2):
         for name, run in runs.items():
             times[name].append(_timed(run))
-    return {name: statistics.median(found[2:]) for name, found in times.items()}
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return {
+        name: statistics.median(b if a is None else a.elapsed_time(b) for a, b in found[2:])
+        for name, found in times.items()
+    }
 
 
-def _timed(run: Run) -> float:
+def _timed(run: Run) -> tuple[Any, Any]:
+    """The events around a call; without a GPU None and its milliseconds."""
     if not torch.cuda.is_available():
-        return _once(run)
+        return None, _once(run)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     run()
     end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
+    return begin, end
 
 
 def _once(run: Run) -> float:

@@ -5,6 +5,9 @@ HEADS of them at a time, forth (``rotate``) or back (``unrotate``). Of halves a 
 half a head's width; of interleaved features it is one load, split in registers, and likewise the
 stores: x and y may differ in it. Every
 tensor has its own strides of batch, head and token; only features must be contiguous.
+
+Products are rounded before they are added, as eager rounds them. A compiler that joins a product and a sum
+chooses which, and chooses otherwise in the next variant: bits would hang on how tensors are aligned.
 """
 
 from __future__ import annotations
@@ -79,15 +82,11 @@ def _store_pairs(
 
 @triton.jit
 def _turn(x1, x2, c1, s1, c2, s2, BACK: tl.constexpr):
-    """``rotate``, or its transpose.
-
-    Which of two products is rounded by itself is said here: a compiler's choice differs from one
-    variant of the kernel to the next, and bits would hang on how tensors are aligned.
-    """
+    """``rotate``, or its transpose."""
     if BACK:
-        y1, y2 = tl.fma(x1, c1, x2 * s2), tl.fma(x2, c2, -(x1 * s1))
+        y1, y2 = x1 * c1 + x2 * s2, x2 * c2 - x1 * s1
     else:
-        y1, y2 = tl.fma(x1, c1, -(x2 * s1)), tl.fma(x2, c2, x1 * s2)
+        y1, y2 = x1 * c1 - x2 * s1, x2 * c2 + x1 * s2
     return y1, y2
 
 
@@ -154,7 +153,7 @@ def rope_kernel(
                 _pass(k_from, k_to, k_there, ROTARY, WIDTH, PASS)
 
 
-_launch = Launcher(rope_kernel)
+_launch = Launcher(rope_kernel, enable_fp_fusion=False)
 
 
 class Tile(NamedTuple):

@@ -334,7 +334,7 @@ def test_on_a_gpu_a_layer_launches_two_rotations(
             [training.train_step(model, batch, seed=3) for _ in range(2)] for model in made.values()
         )
         torch.cuda.synchronize()
-    on_gpu = [e for e in profiled.events() if e.device_type is torch.autograd.DeviceType.CUDA]
+    on_gpu = [e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     launched = [e for e in on_gpu if e.name == "rope_kernel"]
     runs = 3 if checkpoint else 2  # a checkpoint's second forward rotates what it has made anew
     assert len(launched) == 2 * (runs + 3) * models.LAYERS
