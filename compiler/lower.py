@@ -133,6 +133,7 @@ def _split_fx(
     from torch._guards import TracingContext
 
     halves, random = Halves(gm.graph, True), _draws(gm)
+    graphs: dict[bool, fx.GraphModule] = {}
 
     def half(forward: bool, graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         context = TracingContext.try_get()
@@ -142,7 +143,7 @@ def _split_fx(
         if not forward:
             summed_products.accumulate(graph)
         rope_over.write(graph)
-        boxed = plain_python(graph)
+        boxed, graphs[forward] = plain_python(graph), graph
         halves.compiled(boxed, forward)
         return boxed
 
@@ -154,6 +155,8 @@ def _split_fx(
     )
     with at_once():
         run = backend(gm, example_inputs)
+    if splitting.done is not None and len(graphs) == 2:
+        splitting.done(graphs[True], graphs[False])
     return halves.around(run, splitting, random)
 
 

@@ -68,6 +68,7 @@ class Asked:
             them, if that is less to compute.
         repeats: called once if the forward can be run again by itself; gives a function that tells,
             for each call, whether it shall be.
+        done: called with the halves once they are compiled, where they run as plain FX.
         over: whether the halves may write over values of their own (``rope_over``): Inductor has its
             own way to reuse memory.
     """
@@ -82,6 +83,7 @@ class Asked:
         None
     )
     repeats: Callable[[], Callable[[], bool]] | None = None
+    done: Callable[[fx.GraphModule, fx.GraphModule], None] | None = None
     over: bool = True
 
     @classmethod

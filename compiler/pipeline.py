@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from fusewright.compiler import asking, autocast, dump, ir, known, lazy, lower, rewrite, storage
-from fusewright.compiler.foresee import foresee
+from fusewright.compiler.foresee import foresee, foresee_halves
 from fusewright.compiler.known import Known
 from fusewright.compiler.match import Match, find
 from fusewright.compiler.normalize import NotNormalizable, drop_dead, normalize, simplify
@@ -227,6 +227,8 @@ def _lower(
         splitting = None  # AOTAutograd would drop the draw, and later ones would be others
     if record.lowering == "fx" and splitting is None:
         return lower.lower(gm, example_inputs, "fx", device)
+    if splitting is not None:
+        splitting = replace(splitting, done=lambda f, b: foresee_halves(f, b, example_inputs))
     kept = copy.deepcopy(gm)
     parts = session.tiled(gm, record)
     try:

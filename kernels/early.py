@@ -26,6 +26,7 @@ from fusewright.kernels.launch import HAS_TRITON
 log = logging.getLogger("fusewright")
 _MOST = 16  # threads: more are slowed by the part of a compilation that holds Python's lock
 _under_way: list[Future[None]] = []
+_started: set[tuple[Any, ...]] = set()
 
 
 class Pointer:
@@ -64,10 +65,12 @@ def prepare() -> None:
 
 
 def start(kernels: Sequence[Kernel], device: torch.device) -> None:
-    """Compile and load the kernels for ``device`` in the background."""
-    distinct = list({kernel.key: kernel for kernel in kernels}.values())
+    """Compile and load the kernels for ``device`` in the background, but for those started before."""
+    keys = {(device, *kernel.key): kernel for kernel in kernels}
+    distinct = [kernel for key, kernel in keys.items() if key not in _started]
     if not distinct:
         return
+    _started.update(keys)
     done: Future[None] = Future()
     _under_way.append(done)
 

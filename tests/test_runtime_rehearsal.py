@@ -10,10 +10,11 @@ import pytest
 import quantised
 import torch
 import training
+from torch._subclasses.fake_tensor import FakeTensor
 
 import fusewright
 from fusewright.compiler import driver, foresee, pipeline, verify
-from fusewright.kernels import codes, lora_products, room, thin
+from fusewright.kernels import codes, early, lora_products, room, thin
 from fusewright.kernels.early import Kernel, Pointer
 from fusewright.kernels.launcher import Launcher
 from fusewright.runtime import rehearsal
@@ -28,6 +29,7 @@ class Seen:
         self.foreseen: dict[Any, str] = {}
         self.launched: dict[Any, str] = {}
         self.failures: list[str] = []
+        self.of_halves: set[str] = set()
 
     @property
     def late(self) -> list[str]:
@@ -60,8 +62,15 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
         found.foreseen |= {k.key: k.function.__name__ for k in made.kernels}
         return len(made.kernels)
 
+    def foreseeing_halves(forward: Any, backward: Any, inputs: Any) -> None:
+        made = foresee.rehearse_halves(forward, backward, [*map(_real, inputs)])
+        found.failures += made.failures
+        found.foreseen |= {k.key: k.function.__name__ for k in made.kernels}
+        found.of_halves |= {k.function.__name__ for k in made.kernels}
+
     monkeypatch.setattr(Launcher, "_launch", launched)
     monkeypatch.setattr(pipeline, "foresee", foreseeing)
+    monkeypatch.setattr(pipeline, "foresee_halves", foreseeing_halves)
     monkeypatch.setattr(lora_products.thin, "reference", thin.thin)
     rehearsal.hosts()
     fusewright.runtime.op.register_all()
@@ -70,6 +79,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
         library.impl(name.rpartition(":")[2], host, "CPU")
     yield found
     library._destroy()
+
+
+def _real(value: Any) -> Any:
+    """The value; for the stand-in of a stream that wants no gradient, a tensor like it."""
+    if not isinstance(value, FakeTensor):
+        return value
+    return torch.empty([int(n.node.hint) for n in value.shape], dtype=value.dtype)
 
 
 def _model(mode: str) -> Any:
@@ -98,6 +114,23 @@ def test_every_launch_was_foreseen(
     assert seen.failures == []
     assert len(seen.launched) >= 10
     assert seen.late == []
+    if lowering == "fx":  # whatever a step launches within the blocks is in their halves
+        within = {n for n in seen.launched.values() if n in ("rope_kernel", "norm_backward")}
+        assert within <= seen.of_halves and seen.of_halves <= set(seen.foreseen.values())
+
+
+def test_kernels_that_were_started_are_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[list[Kernel]] = []
+    monkeypatch.setattr(early, "_compile", lambda kernels, device: compiled.append([*kernels]))
+    monkeypatch.setattr(early, "_started", set())
+    first, second = (Kernel(test_every_launch_was_foreseen, (n,), {}) for n in (1, 2))
+    cpu = torch.device("cpu")
+    early.start([first, first], cpu)
+    early.start([first, second], cpu)
+    early.start([first], torch.device("meta"))  # another device has its own
+    early.start([second], cpu)
+    early.wait()
+    assert compiled == [[first], [second], [first]]
 
 
 def test_a_checkpoint_does_not_count_what_a_rehearsal_keeps(
