@@ -61,7 +61,7 @@ from fusewright.kernels.spec import OpSpec
 
 _MIN_ROWS = 2048
 _TILE = 128
-SCRATCH_BYTES = 512 * 2**20  # of logits; twice that in chunks that are larger: see ``chunk_rows``
+SCRATCH_BYTES = 512 * 2**20  # of logits; twice that where the weight's gradient is summed
 
 _Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -69,11 +69,9 @@ _Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.T
 def chunk_rows(rows: int, vocab: int, itemsize: int, summed: bool = False) -> int:
     """Rows of a chunk: all equal, at least 2048, the logits of one about 512 MiB or less.
 
-    With ``summed``, when all chunks add to the weight's gradient, about 1 GiB or less; and likewise
-    where there were many chunks, beside whose rows' other values that is little.
+    With ``summed``, when all chunks add to the weight's gradient, about 1 GiB or less.
     """
-    larger = summed or rows >= 8 * _MIN_ROWS
-    fits = max(_MIN_ROWS, (1 + larger) * SCRATCH_BYTES // max(vocab * itemsize, 1))
+    fits = max(_MIN_ROWS, (1 + summed) * SCRATCH_BYTES // max(vocab * itemsize, 1))
     if rows <= fits:
         return max(rows, 1)
     # The fewest chunks, of equal size up to a GEMM tile; rounding up never reaches below 2048.
