@@ -148,17 +148,20 @@ def plots(rows: Sequence[dict[str, Any]], out: Path) -> None:
     from matplotlib.figure import Figure
 
     lines = [r for r in rows if r.get("predicted_timeline") and r.get("measured_timeline")][:6]
-    figure = Figure(figsize=(6 * max(1, len(lines)), 4), layout="constrained")
-    for axes, row in zip(
-        figure.subplots(1, max(1, len(lines)), squeeze=False)[0], lines, strict=False
-    ):
+    across = min(2, max(1, len(lines)))
+    down = -(-max(1, len(lines)) // across)
+    figure = Figure(figsize=(6 * across, 3 * down), layout="constrained")
+    for axes, row in zip(figure.subplots(down, across, squeeze=False).flat, lines, strict=False):
         for name in ("predicted", "measured"):
             values = [(b or 0) / GIB for _, b in row[f"{name}_timeline"]]
             axes.step(range(len(values)), values, where="mid", label=name)
         if row.get("budget"):
             axes.axhline(row["budget"] / GIB, color="tab:red", linestyle="--", label="budget")
         axes.set(
-            title=f"{row['asked']['work']}, {row['asked']['budget']}", ylabel="GiB", ylim=(0, None)
+            title=f"{row['asked']['work']}, {row['asked']['budget']}",
+            xlabel="blocks forward, head, blocks backward, optimizer",
+            ylabel="GiB",
+            ylim=(0, None),
         )
         axes.legend()
     figure.savefig(out.with_name(out.stem + "-timeline.png"), dpi=120)

@@ -19,10 +19,11 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from fusewright.compiler import pipeline
+from fusewright.compiler.dynamo import mark_rows
 from fusewright.compiler.planning.execute import Way
 from fusewright.compiler.records import Binding
 from fusewright.compiler.regions import Regions
-from fusewright.compiler.session import Session, mark_rows, wants_compiled
+from fusewright.compiler.session import Session, wants_compiled
 from fusewright.runtime import module as modules
 from fusewright.runtime.tiles import repeating
 

@@ -11,9 +11,10 @@ from torch import nn
 from fusewright.compiler import coverage
 from fusewright.compiler.capture import Backend, compiled_forward
 from fusewright.compiler.config import Options
+from fusewright.compiler.dynamo import mark_rows
 from fusewright.compiler.explain import CoverageReport
 from fusewright.compiler.match import Pattern
-from fusewright.compiler.session import Session, mark_rows
+from fusewright.compiler.session import Session
 from fusewright.runtime.op import register_all
 
 

@@ -19,6 +19,7 @@ from torch import fx, nn
 from fusewright.compiler import retell
 from fusewright.compiler.asking import Streams
 from fusewright.compiler.config import Options
+from fusewright.compiler.dynamo import mark_rows, settings_of
 from fusewright.compiler.known import Known
 from fusewright.compiler.partition import Asked
 from fusewright.compiler.planning.execute import Memory
@@ -29,103 +30,7 @@ from fusewright.compiler.tiles import Parts
 from fusewright.runtime.known import KnownValues
 from fusewright.runtime.module import uninstall
 
-RECOMPILE_LIMIT = 64
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class _Functions(list[Any]):
-    """Functions to look up, in a list that is empty to whoever serialises it.
-
-    Dynamo asks for membership only, and logs its settings as JSON, which functions are not.
-    """
-
-    def __init__(self, functions: set[Any]) -> None:
-        super().__init__()
-        self._functions = functions
-
-    def __contains__(self, function: object) -> bool:
-        return function in self._functions
-
-
-def dynamo_settings(kind: str) -> Callable[[], Callable[[], None]]:
-    """A function that applies our Dynamo settings and returns the one that takes them back.
-
-    Applied around each call of a compiled region only, since Dynamo reads them when it compiles. A
-    region may have RECOMPILE_LIMIT variants; a logger's call does not break the graph; floats (eps,
-    scales) stay literals. Rows of tensors are symbolic from the start (:func:`mark_rows`) and
-    feature widths literal. Integers are literal in blocks; the head reads ones that change from step
-    to step (a number of items), which Dynamo finds out. Fake tensors' results are not cached: with
-    symbolic sizes an entry costs more than it saves. Garbage is left to Python to find.
-    """
-    import logging
-
-    from torch._dynamo import config
-
-    once = getattr(logging.Logger, "warning_once", None)
-    loggers = {logging.Logger.warning, logging.Logger.info} | ({once} if once else set())
-    ignored = "ignore_logging_functions"
-    if not hasattr(config, ignored):
-        ignored = "ignore_logger_methods"
-    changes: dict[str, Any] = {
-        "specialize_float": True,
-        "fake_tensor_cache_enabled": False,
-        "run_gc_after_compile": False,
-        "recompile_limit": RECOMPILE_LIMIT,
-        "accumulated_recompile_limit": 64 * RECOMPILE_LIMIT,
-        ignored: _Functions(loggers | set(getattr(config, ignored))),
-    }
-    if kind != "head":
-        changes["specialize_int"] = True
-    return _for_logs_alone(config._make_closure_patcher(**changes))
-
-
-def _for_logs_alone(apply: Callable[[], Callable[[], None]]) -> Callable[[], Callable[[], None]]:
-    """The same settings, without what Dynamo does for its logs whether they are read or not.
-
-    It times the guards that it makes and empties the processor's caches before, 40 to 70 ms for each
-    graph; it tokenizes every file that the code is of, to name functions by their lines, 0.2 s; and of
-    every module that it meets it writes down all parameters below it by name, which are inputs anyway.
-    """
-    from torch._dynamo import guards, output_graph, symbolic_convert
-
-    spared = (
-        (guards, "profile_guard_manager", lambda *_: 0.0),
-        (symbolic_convert, "get_funcname", lambda *_: None),
-        (output_graph.OutputGraph, "add_fqn_info_for_inlined_modules", lambda *_: None),
-    )
-    known = [(owner, name, instead) for owner, name, instead in spared if hasattr(owner, name)]
-
-    def applied() -> Callable[[], None]:
-        revert = apply()
-        before = [getattr(owner, name) for owner, name, _ in known]
-        for owner, name, instead in known:
-            setattr(owner, name, instead)
-
-        def reverted() -> None:
-            for (owner, name, _), was in zip(known, before, strict=True):
-                setattr(owner, name, was)
-            revert()
-
-        return reverted
-
-    return applied
-
-
-def mark_rows(values: Any) -> None:
-    """Tell Dynamo which sizes of these tensors vary: all but the width of a floating one.
-
-    A square floating tensor of rank four is an attention mask, and varies in its last two. Sizes of
-    one are left alone by Dynamo.
-    """
-    for value in values:
-        if type(value) is tuple:
-            mark_rows(value)
-        elif type(value) is torch.Tensor and "_dynamo_weak_dynamic_indices" not in value.__dict__:
-            rank = value.dim()
-            square = rank == 4 and value.shape[2] == value.shape[3]
-            features = (value.is_floating_point() or value.is_complex()) and not square
-            rows = rank - 1 if features else rank
-            torch._dynamo.maybe_mark_dynamic(value, list(range(rows)))
 
 
 class Session:
@@ -143,7 +48,7 @@ class Session:
         self.bypass = False
         self._hooks: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], int]]
         self._hooks = weakref.WeakKeyDictionary()
-        self.settings = {kind: dynamo_settings(kind) for kind in ("block", "leaf", "head")}
+        self.settings = {kind: settings_of(kind) for kind in ("block", "leaf", "head")}
         self.stored = Stored(self.note)
         self.memory: Memory | None = None
         self._repeating = False
@@ -155,6 +60,7 @@ class Session:
         self.asked_device = "cuda"  # waiting for answers of the CPU's own is no wait
         self._ran: list[GraphRecord] = []
         self.streams = Streams()
+        self._captured = False  # since the last forward pass began
 
     def note(self, text: str) -> None:
         """Keep a line for the report, once."""
@@ -188,7 +94,9 @@ class Session:
         revert = self.settings[kind]()
         # A capture makes millions of objects and little garbage: looking for it is a tenth of the time.
         # The head's first call has the whole model's inside.
-        paused = kind != "head" and path not in self.current and gc.isenabled()
+        fresh = path not in self.current
+        self._captured |= fresh
+        paused = fresh and kind != "head" and gc.isenabled()
         if paused:
             gc.disable()
         try:
@@ -340,6 +248,9 @@ class Session:
 
         What they do before the blocks may ask for values that the host knows: see runtime/known.py.
         """
+        if self._captured:
+            self._captured = False
+            gc.collect()  # captures leave cycles that hold the hidden states they were made with
         asks = self._known is None and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if asks and (self.asked_device != "cuda" or torch.cuda.is_initialized()):
             return self._knowing()

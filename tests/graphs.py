@@ -19,9 +19,10 @@ from training import _InDouble
 
 from fusewright.compiler.capture import Backend, compiled_forward
 from fusewright.compiler.config import Options
+from fusewright.compiler.dynamo import mark_rows
 from fusewright.compiler.match import Miss
 from fusewright.compiler.records import GraphRecord
-from fusewright.compiler.session import Session, mark_rows
+from fusewright.compiler.session import Session
 from fusewright.patterns import DEFAULT
 from fusewright.runtime.op import register_all
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections import Counter
 from typing import Any
 
@@ -62,6 +63,22 @@ def test_the_first_layers_backward_does_no_more_than_it_must(
     for products in ("aten.mm.default", "aten.addmm.default"):
         assert together[products] == apart[products]
     assert_alike(*(training.train_step(model, models.batch()) for model in (shared, single)))
+
+
+def test_no_hidden_states_stay_behind() -> None:
+    """Captures leave cycles that hold what they were made with, whoever collects garbage or not."""
+    model = fusewright.optimize(adapted(), lowering="fx", strict=True)
+    batch = models.batch(rows=3, length=37)
+    size = 3 * 37 * models.HIDDEN
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            training.train_step(model, batch)
+        left = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.numel() == size]
+    finally:
+        gc.enable()
+    assert not left
 
 
 def assert_alike(ours: training.Step, eager: training.Step) -> None:

@@ -35,9 +35,11 @@ def adapted(dtype: torch.dtype) -> Any:
     return models.with_lora(models.build("llama")).to(dtype).train()
 
 
-def planner_of(model: Any, device: Any = H100, sizes: tuple[int, int] = (ROWS, LENGTH)) -> Planner:
+def planner_of(
+    model: Any, device: Any = H100, sizes: tuple[int, int] = (ROWS, LENGTH), lowering: str = "auto"
+) -> Planner:
     bare = without_weights(model)
-    return Planner(bare, text_inputs(bare), DEFAULT, device, sizes)
+    return Planner(bare, text_inputs(bare), DEFAULT, device, sizes, lowering=lowering)
 
 
 def test_room_is_counted_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,36 +166,34 @@ def eight() -> tuple[Planner, list[Layer]]:
     targets = [f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")]
     settings = LoraConfig(r=16, target_modules=targets)
     model = get_peft_model(model, settings, autocast_adapter_dtype=False)
-    planner = planner_of(model, sizes=(2, 2048))
+    planner = planner_of(model, sizes=(2, 2048), lowering="fx")
     return planner, planner.layers(2, 2048)
 
 
 Pick = Callable[[Measure], bool]
-KEEP: Pick = lambda c: c.saved > 440 * MIB and not c.away
-MORE: Pick = lambda c: 401 < c.saved / MIB < 402
-LESS: Pick = lambda c: 337 < c.saved / MIB < 338 or 369 < c.saved / MIB < 369.5
-THREE: Pick = lambda c: 64 < c.saved / MIB < 65
+KEEP: Pick = lambda c: 337 < c.saved / MIB < 338 or 369 < c.saved / MIB < 370
 MOVED: Pick = lambda c: 63 < c.away / MIB < 65
+# What a capture had left behind, since collected: the hidden states of one block for each graph.
+LEFT = 32 * MIB
 
 
 @pytest.mark.parametrize(
     ("choices", "measured"),
     [
-        ([KEEP] * 32, 33038766080),
-        ([LESS] * 25 + [MORE] * 7, 29797486592),
-        ([LESS] + [THREE] * 13 + [LESS] * 10 + [MORE] * 8, 25677123584),
-        ([LESS] + [MOVED] * 22 + [LESS] * 2 + [MORE] * 7, 21290913792),
-        ([KEEP] + [MOVED] * 31, 17984101376),
+        ([KEEP] * 32, 29596307456 - LEFT),
+        ([MOVED] * 13 + [KEEP] * 19, 24602824704 - 2 * LEFT),
+        ([MOVED] * 23 + [KEEP] * 9, 20735873024 - 2 * LEFT),
+        ([MOVED] * 32, 17524021248 - LEFT),
     ],
 )
 def test_the_peaks_that_an_h100_has_had(
     eight: tuple[Planner, list[Layer]], choices: list[Pick], measured: int
 ) -> None:
-    """Its allocator's count of five steps, by bench/bench_memory.py."""
+    """Its allocator's count of five steps as plain FX, by bench/bench_memory.py."""
     planner, layers = eight
     picked = [
         next(i for i, c in enumerate(layer.front) if pick(c))
         for layer, pick in zip(layers, choices, strict=True)
     ]
     predicted = timeline.peak(layers, picked, planner.footing, 2, 2048)
-    assert abs(predicted - measured) < MIB
+    assert abs(predicted - measured) < 2 * MIB
