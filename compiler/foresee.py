@@ -55,13 +55,10 @@ def foresee_halves(
 
 
 def rehearse_halves(
-    forward: fx.GraphModule,
-    backward: fx.GraphModule,
-    inputs: Sequence[Any],
-    rehearsal: Rehearsal | None = None,
+    forward: fx.GraphModule, backward: fx.GraphModule, inputs: Sequence[Any]
 ) -> Rehearsal:
     """What the halves of a graph with inputs like these launch."""
-    rehearsal = rehearsal or Rehearsal()
+    rehearsal = Rehearsal()
     try:
         given = _stand_ins(inputs, frozenset(), rehearsal)
         for value in given:

@@ -86,9 +86,10 @@ class Halves:
     ) -> None:
         """Take down how the joint graph was split; ``again`` is the forward without its results."""
         self._ends = _Ends.of(forward.graph, backward.graph, results)
-        if again is not None:
-            rope_over.write(again)  # the halves themselves where they are compiled
-        if again is not None and len(_outputs(again.graph)) == len(self._ends.made) - results:
+        if again is None:
+            return
+        rope_over.write(again)  # the halves themselves where they are compiled
+        if len(_outputs(again.graph)) == len(self._ends.made) - results:
             self._rerun = again
 
     def compiled(self, half: Call, forward: bool) -> None:

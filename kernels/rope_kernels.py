@@ -3,8 +3,8 @@
 A program takes one token: it loads the token's cos and sin once and turns all heads of q and of k,
 HEADS of them at a time, forth (``rotate``) or back (``unrotate``). Of halves a tile is two loads of
 half a head's width; of interleaved features it is one load, split in registers, and likewise the
-stores: x and y may differ in it. Every
-tensor has its own strides of batch, head and token; only features must be contiguous.
+stores: x and y may differ in it. Every tensor has its own strides of batch, head and token; only features
+must be contiguous.
 
 Products are rounded before they are added, as eager rounds them. A compiler that joins a product and a sum
 chooses which, and chooses otherwise in the next variant: bits would hang on how tensors are aligned.
